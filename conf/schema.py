@@ -1,0 +1,153 @@
+"""What may be set, with its type: Hydra checks every YAML file and every override against these dataclasses.
+
+The YAML files beside this one give the values and explain them with their units; `distattn --cfg job` prints
+what a command line makes of them. A field without a default here has its value in a YAML file. Jobs read a
+`Config`, never Hydra's own objects.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+
+@dataclass
+class JobConfig:
+    """What to run. `name` is a module in `distattn.jobs`, or `module:function` for a user's own job."""
+
+    name: str = MISSING
+
+
+@dataclass
+class PrefillConfig(JobConfig):
+    """conf/job/prefill.yaml."""
+
+    sample_rows: int = MISSING
+    picture: bool = MISSING
+    trace: bool = MISSING
+
+
+@dataclass
+class VerifyConfig(JobConfig):
+    """conf/job/verify.yaml."""
+
+    tolerance_float32: float = MISSING
+    tolerance_bfloat16: float = MISSING
+
+
+@dataclass
+class PlanConfig(JobConfig):
+    """conf/job/plan.yaml."""
+
+    picture: bool = MISSING
+
+
+@dataclass
+class CustomJobConfig(JobConfig):
+    """conf/job/custom.yaml."""
+
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayoutConfig:
+    """conf/layout/*.yaml."""
+
+    name: str = MISSING
+    schedule: str = "auto"
+    block_q: int = 128
+    block_k: int = 128
+
+
+@dataclass
+class ModelConfig:
+    """conf/model/*.yaml; the fields and what they mean are those of `distattn.model.ModelConfig`."""
+
+    layers: int = MISSING
+    width: int = MISSING
+    heads: int = MISSING
+    kv_heads: int = MISSING
+    head_dim: int = MISSING
+    hidden: int = MISSING
+    rope_theta: float = MISSING
+    dtype: str = MISSING
+    slice_rows: int = MISSING
+    dense_layers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """conf/data/*.yaml."""
+
+    path: str | None = MISSING
+    suffix: str | None = MISSING
+    offset: int = MISSING
+
+
+@dataclass
+class LauncherConfig:
+    """How ranks come to life."""
+
+    name: str = MISSING
+    device: str = MISSING
+    timeout: float = MISSING
+
+
+@dataclass
+class LocalConfig(LauncherConfig):
+    """conf/launcher/local.yaml."""
+
+    num_workers: int | None = MISSING
+    start_timeout: float = MISSING
+    stop_timeout: float = MISSING
+
+
+@dataclass
+class TorchrunConfig(LauncherConfig):
+    """conf/launcher/torchrun.yaml."""
+
+
+@dataclass
+class ClusterConfig:
+    """The machines of a plan on paper."""
+
+    world_size: int | None = None
+
+
+@dataclass
+class Config:
+    """Everything that a job is told; conf/config.yaml."""
+
+    job: JobConfig = MISSING
+    attention: dict[str, Any] = MISSING
+    layout: LayoutConfig = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    launcher: LauncherConfig = MISSING
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seq_len: int = MISSING
+    seed: int = MISSING
+    output_dir: str = MISSING
+
+
+def equal_parts(length: int, part: int) -> list[int]:
+    """Lengths of the parts of `part` that `length` divides into; the last may be shorter."""
+    whole, rest = divmod(length, max(1, part))
+    return [part] * whole + [rest] * (rest > 0)
+
+
+def register() -> None:
+    """Make known to Hydra what the YAML files refer to: `schema/...`, `equal_parts`. May be called twice."""
+    OmegaConf.register_new_resolver("equal_parts", equal_parts, replace=True)
+    store = ConfigStore.instance()
+    for name, node in {
+        "config": Config,
+        "prefill": PrefillConfig,
+        "verify": VerifyConfig,
+        "plan": PlanConfig,
+        "custom": CustomJobConfig,
+        "local": LocalConfig,
+        "torchrun": TorchrunConfig,
+    }.items():
+        store.store(group="schema", name=name, node=node)

@@ -1,0 +1,17 @@
+"""Errors that distattn raises on purpose; everything else is a bug."""
+
+
+class DistattnError(Exception):
+    """Base of all errors below, so that one `except` can catch what distattn itself has to say."""
+
+
+class ConfigError(DistattnError, ValueError):
+    """A setting, or a combination of settings, that cannot work. The message is one sentence for the user."""
+
+
+class PlanMismatch(DistattnError, RuntimeError):
+    """Ranks disagree on the plan, the shapes or the dtypes; raised on every rank before anything is sent."""
+
+
+class PeerLost(DistattnError, RuntimeError):
+    """A rank did not answer within the deadline: it died, froze, or never reached the same call."""

@@ -1,0 +1,354 @@
+"""How rows travel between ranks: the only file that sends or receives queries, keys, values and their gradients.
+
+An `Exchange` belongs to one pass over one plan. It packs the rows that a `Transfer` names, starts sending at once, and
+unpacks when asked to wait, so that a rank computes in between. It counts every byte that it gives to
+torch.distributed; the plan foretells the same number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distattn.errors import PeerLost, PlanMismatch
+from distattn.messages import Message, Transfer
+
+# Up to this many runs are copied one by one; more are gathered through an index.
+_FEW_RUNS = 16
+
+
+@dataclass
+class Counter:
+    """Bytes that this process has given to torch.distributed to send, by kind of transfer."""
+
+    sent: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kind: str, nbytes: int) -> None:
+        self.sent[kind] = self.sent.get(kind, 0) + nbytes
+
+    @property
+    def total(self) -> int:
+        return sum(self.sent.values())
+
+
+class Pending:
+    """A transfer under way. ``wait`` returns when its rows are where they belong."""
+
+    def __init__(self, finish: Callable[[], None] | None = None) -> None:
+        self._finish = finish
+
+    def wait(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+
+class Exchange:
+    """Moves rows between the ranks of a process group.
+
+    Args:
+        group_name: of the process group; None where there is one rank, and rows only move locally.
+        rank: of this process in the group.
+        counter: where bytes are counted.
+    """
+
+    def __init__(self, group_name: str | None, rank: int, counter: Counter) -> None:
+        self.group = None if group_name is None else resolve_group(group_name)
+        self.rank = rank
+        self.world_size = 1 if self.group is None else self.group.size()
+        self.counter = counter
+
+    def bring(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
+        """Starts to bring rows of all ranks' ``sources`` into this rank's ``targets``.
+
+        Args:
+            sources: one or more tensors [batch, rows, heads, dim] of one dtype, such as K and V.
+            targets: the same with the rows of the guest buffer.
+        """
+        if transfer.kind == "all_gather":
+            return self._all_gather(transfer, sources, targets)
+        for message in transfer.sends:
+            if message.peer == self.rank:
+                # A message to itself: both sides are here.
+                self._unpack(_mine(transfer.receives, self.rank), targets, self._pack(message, sources))
+        sends = _by_peer(transfer.sends, self.rank, lambda m: self._pack(m, sources))
+        sizes = _sizes(transfer.receives, self.rank, targets)
+        return self._send(transfer.kind, sends, sizes, targets[0], lambda got: self._place(transfer, targets, got))
+
+    def take_home(
+        self, transfer: Transfer, guests: Sequence[Tensor], receive: Callable[[Message, list[Tensor]], None]
+    ) -> Pending:
+        """The reverse: starts to send what lies in the guest buffer back to the rows' owners.
+
+        Args:
+            guests: tensors [batch, guest rows, heads, dim] of one dtype, such as gradients of guest K and V.
+            receive: called once for each message that this rank had sent (in the order of peers), with that message and
+                the returned rows of each tensor, [batch, rows, heads, dim].
+        """
+        outgoing = transfer.receives
+        incoming = _as_sent(transfer, self.world_size)
+        mine = [m for m in outgoing if m.peer == self.rank]
+        sends = _by_peer(outgoing, self.rank, lambda m: self._pack(m, guests))
+        sizes = _sizes(incoming, self.rank, guests)
+
+        def deliver(got: dict[int, Tensor]) -> None:
+            for message in incoming:
+                if message.peer == self.rank:
+                    flat = torch.cat([self._pack(m, guests) for m in mine])
+                else:
+                    size = message.count * len(message.kv_heads) * _width(guests)
+                    flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
+                receive(message, self._split(message, flat, guests))
+
+        kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
+        return self._send(kind, sends, sizes, guests[0], deliver)
+
+    def _all_gather(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
+        mine = self._pack(transfer.sends[0], sources)
+        if self.group is None:
+            self._unpack(_mine(transfer.receives, self.rank), targets, mine)
+            return Pending()
+        per_row = len(transfer.sends[0].kv_heads) * _width(sources)
+        padded = mine.new_zeros(transfer.chunk * per_row)
+        padded[: mine.numel()] = mine
+        every = mine.new_empty(self.world_size * padded.numel())
+        work = dist.all_gather_into_tensor(every, padded, group=self.group, async_op=True)
+        self.counter.add("all_gather", padded.nbytes * (self.world_size - 1))
+
+        def finish() -> None:
+            self._wait([work])
+            for message, chunk in ((m, every.view(self.world_size, -1)[m.peer]) for m in transfer.receives):
+                self._unpack(message, targets, chunk[: message.count * per_row])
+
+        return Pending(finish)
+
+    def _send(
+        self,
+        kind: str,
+        sends: dict[int, Tensor],
+        sizes: dict[int, int],
+        like: Tensor,
+        deliver: Callable[[dict[int, Tensor]], None],
+    ) -> Pending:
+        """Starts to send flat tensors to peers and to receive ``sizes`` elements from each."""
+        if self.group is None:
+            return Pending(lambda: deliver({}))
+        self.counter.add(kind, sum(x.nbytes for x in sends.values()))
+        if kind == "neighbours":
+            got = {peer: like.new_empty(size) for peer, size in sizes.items()}
+            operations = [
+                dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sorted(sends.items())
+            ] + [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in sorted(got.items())]
+            works = dist.batch_isend_irecv(operations) if operations else []
+            keep = list(sends.values())
+        else:
+            ranks = range(self.world_size)
+            flat = torch.cat([sends[r] for r in ranks if r in sends]) if sends else like.new_empty(0)
+            out_sizes, in_sizes = [sizes.get(r, 0) for r in ranks], [_numel(sends.get(r)) for r in ranks]
+            every = like.new_empty(sum(out_sizes))
+            works = [dist.all_to_all_single(every, flat, out_sizes, in_sizes, group=self.group, async_op=True)]
+            got = dict(zip(ranks, every.split(out_sizes), strict=True))
+            keep = [flat]
+
+        def finish() -> None:
+            self._wait(works)
+            keep.clear()
+            deliver(got)
+
+        return Pending(finish)
+
+    def _wait(self, works: Sequence[dist.Work | None]) -> None:
+        try:
+            for work in works:
+                if work is not None:
+                    work.wait()
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.rank}: an exchange failed: {error}") from error
+
+    def _place(self, transfer: Transfer, targets: Sequence[Tensor], got: dict[int, Tensor]) -> None:
+        for message in transfer.receives:
+            if message.peer == self.rank:
+                continue
+            size = message.count * len(message.kv_heads) * _width(targets)
+            flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
+            self._unpack(message, targets, flat)
+
+    def _pack(self, message: Message, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows and heads of a message, of all tensors, as one flat tensor."""
+        return torch.cat([_heads(take_rows(x, message.rows), message.kv_heads).reshape(-1) for x in tensors])
+
+    def _split(self, message: Message, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        heads = len(message.kv_heads)
+        sizes = [x.shape[0] * message.count * heads * x.shape[-1] for x in like]
+        return [
+            part.view(x.shape[0], message.count, heads, x.shape[-1])
+            for part, x in zip(flat.split(sizes), like, strict=True)
+        ]
+
+    def _unpack(self, message: Message, tensors: Sequence[Tensor], flat: Tensor) -> None:
+        for x, rows in zip(tensors, self._split(message, flat, tensors), strict=True):
+            put_rows(x, message.rows, message.kv_heads, rows)
+
+
+def _width(tensors: Sequence[Tensor]) -> int:
+    """Elements of one row of one head, over the batch and all tensors."""
+    return sum(x.shape[0] * x.shape[-1] for x in tensors)
+
+
+def _numel(x: Tensor | None) -> int:
+    return 0 if x is None else x.numel()
+
+
+def _mine(messages: Sequence[Message], rank: int) -> Message:
+    return next(m for m in messages if m.peer == rank)
+
+
+def _by_peer(
+    messages: Sequence[Message], rank: int, pack: Callable[[Message], Tensor]
+) -> dict[int, Tensor]:
+    parts: dict[int, list[Tensor]] = {}
+    for message in messages:
+        if message.peer != rank:
+            parts.setdefault(message.peer, []).append(pack(message))
+    return {peer: x[0] if len(x) == 1 else torch.cat(x) for peer, x in parts.items()}
+
+
+def _sizes(messages: Sequence[Message], rank: int, tensors: Sequence[Tensor]) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for message in messages:
+        if message.peer != rank:
+            size = message.count * len(message.kv_heads) * _width(tensors)
+            sizes[message.peer] = sizes.get(message.peer, 0) + size
+    return sizes
+
+
+def _as_sent(transfer: Transfer, world_size: int) -> list[Message]:
+    """What comes back: one message for each that went out; an all_gather went out to everybody."""
+    if transfer.kind != "all_gather":
+        return list(transfer.sends)
+    only = transfer.sends[0]
+    return [Message(peer, only.kv_heads, only.rows) for peer in range(world_size)] if only.count else []
+
+
+def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    return x if len(heads) == x.shape[2] else x[:, :, list(heads)]
+
+
+def row_index(rows: NDArray[np.int64]) -> Tensor:
+    """int64 [n]: all rows of runs (first, stop)."""
+    return torch.cat([torch.arange(a, b) for a, b in rows.tolist()]) if len(rows) else torch.zeros(0, dtype=torch.int64)
+
+
+def take_rows(x: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Rows along dim 1 of runs (first, stop)."""
+    if len(rows) == 1:
+        return x[:, rows[0, 0] : rows[0, 1]]
+    if 0 < len(rows) <= _FEW_RUNS:
+        return torch.cat([x[:, a:b] for a, b in rows.tolist()], 1)
+    return x.index_select(1, row_index(rows).to(x.device))
+
+
+def put_rows(x: Tensor, rows: NDArray[np.int64], heads: tuple[int, ...], values: Tensor) -> None:
+    """Writes rows along dim 1."""
+    _each_run(x, rows, heads, values, lambda old, new: old.copy_(new))
+
+
+def add_rows(x: Tensor, rows: NDArray[np.int64], heads: tuple[int, ...], values: Tensor) -> None:
+    """Adds to rows along dim 1."""
+    _each_run(x, rows, heads, values, lambda old, new: old.add_(new))
+
+
+def _each_run(
+    x: Tensor,
+    rows: NDArray[np.int64],
+    heads: tuple[int, ...],
+    values: Tensor,
+    apply: Callable[[Tensor, Tensor], object],
+) -> None:
+    whole = len(heads) == x.shape[2]
+    if whole and len(rows) <= _FEW_RUNS:
+        at = 0
+        for a, b in rows.tolist():
+            apply(x[:, a:b], values[:, at : at + b - a])
+            at += b - a
+        return
+    index = row_index(rows).to(x.device)
+    where = (slice(None), index) if whole else (slice(None), index[:, None], torch.tensor(heads, device=x.device))
+    old = x[where]
+    apply(old, values)
+    x[where] = old
+
+
+def resolve_group(group_name: str) -> dist.ProcessGroup:
+    """The process group of a name (the form in which a group can be an argument of a custom operator)."""
+    return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+
+
+def gather_rows(x: Tensor, counts: list[int], group_name: str | None) -> list[Tensor]:
+    """Every rank's rows [counts[rank], ...], on every rank."""
+    assert group_name is not None
+    group = resolve_group(group_name)
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    every = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(every, padded, group=group)
+    return [part[:count] for part, count in zip(every, counts, strict=True)]
+
+
+class Agreement:
+    """Lets ranks compare what they are about to do before the first exchange, through the rendezvous store.
+
+    A collective could itself mismatch; the store cannot. Each rank posts a line for its n-th agreement in a group and
+    reads everybody's. One that cannot go on posts why, and all raise.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+        self._agreed: set[tuple[str, str]] = set()
+
+    def seek(self, group_name: str, what: str, deadline: float) -> None:
+        """Returns when all ranks of the group have said the same.
+
+        Args:
+            what: equal on ranks that agree. A text that was agreed on before is not asked again.
+            deadline: seconds to wait for the others.
+
+        Raises:
+            PlanMismatch: a rank said something else, or refused.
+            PeerLost: a rank said nothing within the deadline.
+        """
+        if (group_name, what) in self._agreed:
+            return
+        rank, store, call = self._post(group_name, f"+ {what}")
+        end = time.monotonic() + deadline
+        for peer in range(resolve_group(group_name).size()):
+            key = f"distattn/{call}/{peer}"
+            try:
+                store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            except RuntimeError as error:
+                raise PeerLost(f"rank {rank}: rank {peer} did not reach this point within {deadline:g} s") from error
+            said = store.get(key).decode()
+            if said.startswith("-"):
+                raise PlanMismatch(f"rank {peer} cannot go on: {said[2:]}")
+            if said != f"+ {what}":
+                raise PlanMismatch(f"rank {rank} is about to run {what}; rank {peer}: {said[2:]}")
+        self._agreed.add((group_name, what))
+
+    def refuse(self, group_name: str, why: str) -> None:
+        """Tells the others that this rank is about to raise."""
+        self._post(group_name, f"- {why}")
+
+    def _post(self, group_name: str, line: str) -> tuple[int, dist.Store, int]:
+        group = resolve_group(group_name)
+        store = dist.distributed_c10d._get_process_group_store(group)
+        call = self._calls[group_name] = self._calls.get(group_name, 0) + 1
+        store.set(f"distattn/{call}/{group.rank()}", line)
+        return group.rank(), store, call

@@ -1,0 +1,101 @@
+"""From a configuration to what jobs need; what is impossible becomes one sentence for the user."""
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from distattn import presets
+from distattn.conf.schema import Config
+from distattn.errors import ConfigError
+from distattn.model import ModelConfig
+from distattn.spec import AttentionSpec
+
+
+def attention_spec(config: Config) -> AttentionSpec:
+    """The spec that `config.attention` describes: its `name` is a preset, everything else a parameter of it.
+
+    Raises:
+        ConfigError: there is no such preset or parameter, or the preset refuses a value.
+    """
+    parameters = dict(config.attention)
+    name = parameters.pop("name", None)
+    preset = presets.PRESETS.get(name)
+    if preset is None:
+        raise ConfigError(f"attention.name is {name!r}; expected one of {', '.join(presets.PRESETS)}")
+    try:
+        inspect.signature(preset).bind(**parameters)
+    except TypeError as error:
+        raise ConfigError(f"attention does not fit the preset {name!r}: {error}") from error
+    try:
+        return preset(**parameters)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"attention={name}: {error}") from error
+
+
+def check(config: Config) -> None:
+    """Check what all jobs have in common.
+
+    Raises:
+        ConfigError: a value cannot work, alone or with the others.
+    """
+    for name, value in {
+        "seq_len": config.seq_len,
+        "layout.block_q": config.layout.block_q,
+        "layout.block_k": config.layout.block_k,
+        "launcher.timeout": config.launcher.timeout,
+        **{f"model.{name}": getattr(config.model, name) for name in ("layers", "width", "heads", "kv_heads")},
+        **{f"model.{name}": getattr(config.model, name) for name in ("head_dim", "hidden", "slice_rows")},
+    }.items():
+        if value <= 0:
+            raise ConfigError(f"{name} is {value}; expected more than 0")
+    model = config.model
+    if model.heads % model.kv_heads:
+        raise ConfigError(
+            f"model.heads is {model.heads}; expected a multiple of model.kv_heads, {model.kv_heads}"
+        )
+    for layer in model.dense_layers:
+        if not 0 <= layer < model.layers:
+            raise ConfigError(
+                f"model.dense_layers has {layer}; expected a layer from 0 to {model.layers - 1}"
+            )
+    path = config.data.path
+    if path is not None and not Path(path).expanduser().exists():
+        raise ConfigError(f"data.path is {path!r}, which does not exist; expected a file or a folder")
+    attention_spec(config)
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """Check that the sequence is long enough for the ranks.
+
+    Raises:
+        ConfigError: it is not, or there would be no rank.
+    """
+    if world_size < 1:
+        raise ConfigError(f"cluster.world_size is {world_size}; expected at least 1")
+    tiles = -(-config.seq_len // config.layout.block_q)
+    if world_size > tiles:
+        raise ConfigError(
+            f"{world_size} ranks are too many for seq_len={config.seq_len}, which has {tiles} tiles of "
+            f"{config.layout.block_q} tokens; expected at least one tile a rank"
+        )
+
+
+def plan_options(config: Config) -> dict[str, Any]:
+    """The arguments of `make_plan` that do not depend on the rank."""
+    return {
+        "seq_len": config.seq_len,
+        "heads": config.model.heads,
+        "kv_heads": config.model.kv_heads,
+        "head_dim": config.model.head_dim,
+        "layout": config.layout.name,
+        "schedule": config.layout.schedule,
+        "block_q": config.layout.block_q,
+        "block_k": config.layout.block_k,
+    }
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The sizes of the decoder."""
+    values = {f.name: getattr(config.model, f.name) for f in fields(ModelConfig) if hasattr(config.model, f.name)}
+    return ModelConfig(**values)

@@ -1,0 +1,160 @@
+"""job=verify: every preset and layout on 1 to 4 ranks, forward and gradients, against the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from distattn import presets, reference
+from distattn.attend import attend, sent
+from distattn.conf.schema import Config, VerifyConfig
+from distattn.jobs.context import Context
+from distattn.layout import LAYOUTS
+from distattn.plan import make_plan
+from distattn.spec import AttentionSpec
+
+CPU_RANKS = 4
+
+# Odd, so that no tile, page or shard divides it.
+LENGTH = 211
+BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
+BLOCK = 16
+
+CASES: dict[str, AttentionSpec] = {
+    "dense": presets.dense(),
+    "dense, not causal": presets.dense(causal=False),
+    "mistral": presets.mistral(40),
+    "longformer": presets.longformer(16, global_tokens=(0, 70, 150)),
+    "longformer, dilated": presets.longformer(8, dilation=3, global_tokens=range(4), causal=True),
+    "bigbird": presets.bigbird(16, 3, 2, 1, 0, LENGTH),
+    "sparse_transformer_strided": presets.sparse_transformer_strided(24),
+    "sparse_transformer_fixed": presets.sparse_transformer_fixed(24, 2),
+    "etc": presets.etc((50, 61, 40, 60), 12),
+    "streaming_llm": presets.streaming_llm(4, 30),
+    "spattention": presets.spattention(HEADS, LENGTH),
+}
+
+
+@dataclass
+class Row:
+    """The largest errors of one preset at one number of ranks."""
+
+    forward: float = 0.0
+    gradient: float = 0.0
+    low_precision: float = 0.0
+    bytes_agree: bool = True
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Prints a table of errors. The exit code is 1 if any is over its tolerance, or if bytes are not as planned."""
+    job = config.job
+    assert isinstance(job, VerifyConfig)
+    meshes = _meshes(context)
+    rows: dict[tuple[str, int], Row] = {}
+    for done, (name, spec) in enumerate(CASES.items()):
+        context.progress("verify", done, len(CASES))
+        inputs = _inputs(config.seed + done)
+        expected = _oracle(spec, inputs) if context.rank == 0 else None
+        for ranks, mesh in meshes.items():
+            row = rows.setdefault((name, ranks), Row())
+            for layout in LAYOUTS if ranks > 1 else LAYOUTS[:1]:
+                for schedule in ("direct", "ring") if ranks > 1 else ("direct",):
+                    for dtype in (torch.float32, torch.bfloat16):
+                        # Low precision does not depend on where rows lie: one layout stands for all.
+                        if dtype == torch.float32 or layout == LAYOUTS[0]:
+                            _check(row, spec, inputs, expected, layout, schedule, mesh, ranks, dtype, context)
+    context.progress("verify", len(CASES), len(CASES))
+    if context.rank:
+        return {}
+    failed = [
+        row
+        for row in rows.values()
+        if max(row.forward, row.gradient) > job.tolerance_float32
+        or row.low_precision > job.tolerance_bfloat16
+        or not row.bytes_agree
+    ]
+    text = [f"{'preset':<28}ranks  forward   gradients  bfloat16  bytes as planned"]
+    for (name, ranks), row in rows.items():
+        errors = f"{row.forward:.1e}   {row.gradient:.1e}    {row.low_precision:.1e}"
+        text.append(f"{name:<28}{ranks:>5}  {errors}   {'yes' if row.bytes_agree else 'NO'}")
+    text.append(
+        f"\nError is max|x - oracle| / max(1, max|oracle|), the largest over {len(LAYOUTS)} layouts and 2 schedules. "
+        f"Tolerance {job.tolerance_float32:g} in float32, {job.tolerance_bfloat16:g} in bfloat16."
+    )
+    text.append("all within tolerance" if not failed else f"{len(failed)} of {len(rows)} lines are NOT within tolerance")
+    return {"report": "\n".join(text), "exit_code": 1 if failed else 0}
+
+
+def _meshes(context: Context) -> dict[int, DeviceMesh | None]:
+    """For each number of ranks, their mesh; None where this rank is not among them or is alone."""
+    meshes: dict[int, DeviceMesh | None] = {1: None}
+    for ranks in range(2, context.world_size + 1):
+        group = dist.new_group(list(range(ranks)))
+        inside = context.rank < ranks
+        meshes[ranks] = DeviceMesh.from_group(group, context.device.type) if inside else None
+    return meshes
+
+
+def _inputs(seed: int) -> list[Tensor]:
+    """q, k, v, and what the outputs are multiplied by; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(BATCH, LENGTH, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _oracle(spec: AttentionSpec, inputs: list[Tensor]) -> list[Tensor]:
+    """out, dq, dk, dv in float64."""
+    *qkv, weight = (x.double() for x in inputs)
+    for x in qkv:
+        x.requires_grad_()
+    out, _ = reference.attention(*qkv, spec.tokens)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), qkv)]
+
+
+def _check(
+    row: Row,
+    spec: AttentionSpec,
+    inputs: list[Tensor],
+    expected: list[Tensor] | None,
+    layout: str,
+    schedule: str,
+    mesh: DeviceMesh | None,
+    ranks: int,
+    dtype: torch.dtype,
+    context: Context,
+) -> None:
+    if context.rank >= ranks:
+        return
+    plan = make_plan(
+        spec,
+        LENGTH,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        mesh=mesh,
+        layout=layout,
+        schedule=schedule,
+        block_q=BLOCK,
+        block_k=BLOCK,
+    )
+    *qkv, weight = (plan.shard(x).to(context.device, dtype) for x in inputs)
+    for x in qkv:
+        x.requires_grad_()
+    before = sent.total
+    out = attend(*qkv, plan)
+    grads = torch.autograd.grad((out * weight).sum(), qkv)
+    planned = plan.sent_bytes(dtype.itemsize, BATCH) + plan.sent_bytes_backward(dtype.itemsize, BATCH)
+    row.bytes_agree &= sent.total - before == planned
+    got = [plan.unshard(x.detach()).cpu() for x in (out, *grads)]
+    if expected is None:
+        return
+    errors = [reference.max_error(x, y) for x, y in zip(got, expected, strict=True)]
+    if dtype == torch.bfloat16:
+        row.low_precision = max(row.low_precision, *errors)
+    else:
+        row.forward, row.gradient = max(row.forward, errors[0]), max(row.gradient, *errors[1:])

@@ -1,0 +1,68 @@
+"""Which rows travel between ranks. Plans make these, and the exchange carries them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Rows that travel between this rank and a peer.
+
+    peer: a rank; this rank itself for rows that only move into the guest buffer.
+    kv_heads: the key/value heads that travel, as indices; all query heads where queries travel.
+    rows: int64 [runs, 2], runs (first, stop) of rows: of the rank's own tokens where it sends, of the guest buffer where
+        it receives.
+    """
+
+    peer: int
+    kv_heads: tuple[int, ...]
+    rows: Ints
+
+    @cached_property
+    def count(self) -> int:
+        return int((self.rows[:, 1] - self.rows[:, 0]).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """Messages that travel together.
+
+    kind: "neighbours" (send and receive, pair by pair), "all_to_all" (one uneven collective), or "all_gather" (every
+        rank sends the same rows to all; ``chunk`` is the largest rank's number of them, to which others are padded).
+    sends, receives: by peer. An all_gather has one entry in ``sends``, with this rank as peer.
+    """
+
+    kind: str
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+    chunk: int = 0
+
+    def sent_bytes(self, row_bytes: int, rank: int, world_size: int) -> int:
+        """Bytes that this rank sends to others, where a row of one key/value head has ``row_bytes``."""
+        if self.kind == "all_gather":
+            return (world_size - 1) * self.chunk * len(self.sends[0].kv_heads) * row_bytes
+        return sum(m.count * len(m.kv_heads) for m in self.sends if m.peer != rank) * row_bytes
+
+    def received_bytes(self, row_bytes: int, rank: int, world_size: int) -> int:
+        if self.kind == "all_gather":
+            return self.sent_bytes(row_bytes, rank, world_size)
+        return sum(m.count * len(m.kv_heads) for m in self.receives if m.peer != rank) * row_bytes
+
+    def returned_bytes(self, row_bytes: int, rank: int) -> int:
+        """Bytes that this rank sends when what it received goes home (gradients, partial results)."""
+        return sum(m.count * len(m.kv_heads) for m in self.receives if m.peer != rank) * row_bytes
+
+
+def join_runs(first: Ints, stop: Ints) -> Ints:
+    """int64 [runs, 2]: intervals that follow one another joined."""
+    if len(first) == 0:
+        return np.zeros((0, 2), np.int64)
+    new = np.concatenate((np.ones(1, np.bool_), first[1:] != stop[:-1]))
+    return np.stack((first[new], stop[np.append(new[1:], True)]), axis=1)

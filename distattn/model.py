@@ -1,0 +1,306 @@
+"""A small byte-level decoder over a sharded sequence, for jobs that need a real model around `attend`.
+
+Pre-norm transformer: RMSNorm, rotary positions, grouped-query attention through `attend`, SwiGLU. Attention
+is the only place where tokens meet, so everything else runs in slices of rows: a rank with half a million
+tokens never holds an MLP activation or a logit for more than one slice of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from distattn.attend import attend
+from distattn.data import IGNORE
+from distattn.errors import ConfigError
+from distattn.plan import Plan
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+"""observe(layer, q, k, v, out): what went into `attend` in a layer and what came out, this rank's rows."""
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a decoder.
+
+    Attributes:
+        layers: number of blocks.
+        width: features of the residual stream.
+        heads, kv_heads: query heads and key/value heads; kv_heads divides heads.
+        head_dim: features a head, even (rotary positions turn pairs).
+        hidden: features inside the SwiGLU.
+        rope_theta: base of the rotary wavelengths, 2 pi to 2 pi theta^((head_dim - 2) / head_dim) tokens.
+        vocab: number of token values; 256 for bytes.
+        dtype: of parameters and activations; a key of DTYPES.
+        slice_rows: rows that norms, projections, the MLP and the loss treat at a time.
+
+    Raises:
+        ConfigError: a size is below 1, kv_heads does not divide heads, head_dim is odd, or dtype is unknown.
+    """
+
+    layers: int = 2
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    hidden: int = 640
+    rope_theta: float = 1_000_000.0
+    vocab: int = 256
+    dtype: str = "float32"
+    slice_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "vocab", "slice_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.heads is {self.heads}; expected a multiple of model.kv_heads, {self.kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim is {self.head_dim}; expected an even number")
+        if not self.rope_theta > 0:
+            raise ConfigError(f"model.rope_theta is {self.rope_theta}; expected more than 0")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+
+
+class Block(nn.Module):
+    """One layer, in the two row-wise halves on either side of attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dtype = DTYPES[config.dtype]
+        width, hidden, inner = config.width, config.hidden, config.heads * config.head_dim
+        heads_out = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.attention_norm = nn.Parameter(torch.ones(width, dtype=dtype))
+        self.qkv = nn.Parameter(torch.empty(heads_out, width, dtype=dtype))
+        self.attention_out = nn.Parameter(torch.empty(width, inner, dtype=dtype))
+        self.mlp_norm = nn.Parameter(torch.ones(width, dtype=dtype))
+        self.gate_up = nn.Parameter(torch.empty(2 * hidden, width, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
+
+    def before(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """x [B, T, width], positions int64 [1, T] -> q [B, T, H, D], k and v [B, T, Hkv, D]; q, k turned."""
+        c = self.config
+        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(-1, (-1, c.head_dim))
+        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [B, T, width] and attended [B, T, H, D] -> the next x."""
+        x = x + F.linear(attended.flatten(2), self.attention_out)
+        gate, up = F.linear(_rms_norm(x, self.mlp_norm), self.gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, self.down)
+
+
+class Decoder(nn.Module):
+    """A decoder whose sequence is sharded over ranks as its plans say.
+
+    Parameters are the same on every rank for the same seed; they are drawn in float32 on the CPU, without
+    touching the global random state, and only then converted to the model's dtype.
+
+    Args:
+        config: sizes.
+        seed: of the parameters.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        dtype = DTYPES[config.dtype]
+        self.embedding = nn.Parameter(torch.empty(config.vocab, config.width, dtype=dtype))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.Parameter(torch.ones(config.width, dtype=dtype))
+        self.head = nn.Parameter(torch.empty(config.vocab, config.width, dtype=dtype))
+        self._draw(seed)
+
+    def forward(self, tokens: Tensor, plans: Sequence[Plan], observe: Observer | None = None) -> Tensor:
+        """Run all layers on this rank's tokens.
+
+        Without gradients every buffer is written slice by slice and x is overwritten in place: the peak is x,
+        q, k, v, the attention output and what `attend` needs. With gradients the same code runs under
+        checkpointing: a slice is computed again in the backward pass.
+
+        Args:
+            tokens: [B, T], any integer dtype, with T = plan.tokens.
+            plans: one plan a layer, all over the same rows; one plan may serve many layers.
+            observe: called once a layer; the tensors are freed afterwards, so copy the rows to keep.
+
+        Returns:
+            hidden [B, T, width], to be given to `loss` or `logits`.
+
+        Raises:
+            ValueError: the number of plans is not the number of layers, they differ in their rows or do not
+                fit the model's heads, or tokens have another shape.
+        """
+        self._check(tokens, plans)
+        positions = plans[0].positions.to(tokens.device).unsqueeze(0)
+        (x,) = self._by_rows(self._embed, tokens)
+        for layer, (block, plan) in enumerate(zip(self.blocks, plans, strict=True)):
+            assert isinstance(block, Block)
+            q, k, v = self._by_rows(block.before, x, positions)
+            attended = attend(q, k, v, plan)
+            if observe is not None:
+                observe(layer, q, k, v, attended)
+            del q, k, v
+            (x,) = self._by_rows(block.after, x, attended, overwrite=True)
+            del attended
+        return x
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the next byte, a token: float32 [B, T] in nats, 0 where the label is `IGNORE`.
+
+        The mean over a sharded sequence is the sum of all ranks divided by the number of labels of all ranks.
+
+        Args:
+            hidden: [B, T, width], from `forward`.
+            labels: int64 [B, T].
+
+        Raises:
+            ValueError: labels have another shape than hidden's first two dimensions.
+        """
+        if labels.shape != hidden.shape[:2]:
+            shapes = tuple(labels.shape), tuple(hidden.shape[:2])
+            raise ValueError(f"labels has the shape {shapes[0]}; expected {shapes[1]}, as hidden")
+        (nats,) = self._by_rows(self._loss_rows, hidden, labels)
+        return nats
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next byte: [..., width] -> float32 [..., vocab] (float64 for a float64 model).
+
+        For chosen rows; `loss` keeps to a slice at a time.
+        """
+        return F.linear(_rms_norm(hidden, self.norm), self.head).to(_accurate(hidden.dtype))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens.long(), self.embedding)
+
+    def _loss_rows(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        scores = self.logits(hidden).flatten(0, 1)
+        nats = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return nats.view(labels.shape)
+
+    def _by_rows(
+        self, compute: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, overwrite: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Apply a row-wise function slice by slice along dimension 1, and join what it returns along it.
+
+        Args:
+            compute: takes a slice of each input, returns one tensor or several, with the rows in dimension 1.
+            inputs: [B or 1, T, ...].
+            overwrite: without gradients, write the result (one tensor, shaped as inputs[0]) into inputs[0].
+        """
+        batch, total = inputs[0].shape[:2]
+        rows = max(1, self.config.slice_rows // max(1, batch))
+        # split, not indexing: its backward joins the gradients once instead of padding each to full length
+        slices = list(zip(*(x.split(rows, dim=1) for x in inputs), strict=True))
+        if torch.is_grad_enabled():
+            if len(slices) == 1:
+                return _as_tuple(compute(*slices[0]))
+            parts = [_as_tuple(checkpoint(compute, *piece, use_reentrant=False)) for piece in slices]
+            return tuple(torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+        whole: tuple[Tensor, ...] = (inputs[0],) if overwrite else ()
+        for start, piece in zip(range(0, max(1, total), rows), slices, strict=True):
+            part = _as_tuple(compute(*piece))
+            whole = whole or tuple(x.new_empty(x.shape[0], total, *x.shape[2:]) for x in part)
+            for target, x in zip(whole, part, strict=True):
+                target[:, start : start + rows] = x
+        return whole
+
+    def _check(self, tokens: Tensor, plans: Sequence[Plan]) -> None:
+        if len(plans) != self.config.layers:
+            raise ValueError(f"plans has {len(plans)} plans; expected one a layer, {self.config.layers}")
+        first = plans[0]
+        for layer, plan in enumerate(plans):
+            if (plan.seq_len, plan.segments) != (first.seq_len, first.segments):
+                raise ValueError(
+                    f"plans[{layer}] has {_rows_of(plan)}; expected those of plans[0], {_rows_of(first)}"
+                )
+        if tokens.ndim != 2 or tokens.shape[1] != first.tokens:
+            raise ValueError(f"tokens has the shape {tuple(tokens.shape)}; expected [batch, {first.tokens}]")
+
+    @torch.no_grad()
+    def _draw(self, seed: int) -> None:
+        """Every matrix ~ N(0, 1 / inputs), so that activations and attention scores start near size 1.
+
+        Matrices that add to the residual stream are smaller by sqrt(2 layers), as in GPT-2 (Radford et al.,
+        2019, section 2.3). The head is smaller by sqrt(width): predictions start near uniform, 8 bits a byte.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                continue  # norms start at 1
+            std = parameter.shape[1] ** -0.5
+            if name == "embedding":
+                std = 1.0
+            elif name == "head":
+                std /= math.sqrt(self.config.width)
+            elif name.endswith(("attention_out", "down")):
+                std /= math.sqrt(2 * self.config.layers)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles p theta^(-2 i / head_dim) (Su et al., 2021, RoFormer, section
+    3.2.2).
+
+    Angles are taken in float64: in float32 they would be wrong by hundredths of a radian at position one
+    million.
+
+    Args:
+        positions: int64 [..., T].
+        head_dim: even.
+        theta: base of the wavelengths.
+        dtype: of the result.
+
+    Returns:
+        cos and sin [..., T, 1, head_dim / 2], to be broadcast over heads.
+    """
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    angles = positions.double().unsqueeze(-1) * theta ** (-pair / head_dim)
+    angles = angles.unsqueeze(-2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) by the angles of a rotary table.
+
+    Args:
+        x: [..., T, H, D].
+        cos, sin: [..., T, 1, D / 2], at least as precise as x.
+
+    Returns:
+        [..., T, H, D] in the dtype of x.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps=1e-6)
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else x
+
+
+def _rows_of(plan: Plan) -> str:
+    return f"{plan.tokens} of {plan.seq_len} rows in {len(plan.segments)} segments"

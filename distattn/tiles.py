@@ -1,0 +1,480 @@
+"""From a pattern to tile tables.
+
+Planning works with intervals of pages by query tile, so that its cost follows what is visited: dense attention over
+a million tokens is one run a tile. A mask is made only where a tile is PARTIAL, and only once for all tiles that
+the pattern gives the same label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distattn import spans as sp
+from distattn.kernels.table import KeyTable, TileTable
+from distattn.patterns import Pattern
+from distattn.spans import Ints, Spans
+
+# Masks are evaluated on about this many (query, key) pairs at a time.
+_PAIRS_AT_ONCE = 1 << 20
+_NONE = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Blocks of positions along one side of the score matrix: runs, or gathered positions.
+
+    Attributes:
+        length: of the whole sequence.
+        block: positions of a block; the last one may hold fewer.
+        first: int64 [blocks], where each block's run begins; None for gathered positions.
+        gathered: int64 [n], ascending; block i holds entries ``i * block ...``; None for runs.
+        skip: int64 [n], ascending: positions that this axis leaves out, as if they were not in their blocks.
+    """
+
+    length: int
+    block: int
+    first: Ints | None = None
+    gathered: Ints | None = None
+    skip: Ints = field(default_factory=lambda: _NONE)
+
+    @staticmethod
+    def grid(length: int, block: int, skip: Ints = _NONE) -> Axis:
+        """All positions of the sequence, block by block."""
+        return Axis(length, block, first=np.arange(0, length, block, dtype=np.int64), skip=skip)
+
+    @property
+    def blocks(self) -> int:
+        if self.first is not None:
+            return len(self.first)
+        return -(-len(self._gathered) // self.block)
+
+    @property
+    def _gathered(self) -> Ints:
+        assert self.gathered is not None
+        return self.gathered
+
+    def positions(self, blocks: Ints, clip: bool = True) -> Ints:
+        """int64 [n, block]: the positions of blocks, -1 where there is none or where it is left out.
+
+        ``clip=False`` lets a run go on beyond the sequence."""
+        at = np.arange(self.block)
+        if self.first is not None:
+            out = self.first[blocks][:, None] + at
+            if clip:
+                out[out >= self.length] = -1
+        else:
+            index = blocks[:, None] * self.block + at
+            inside = index < len(self._gathered)
+            out = np.where(inside, self._gathered[np.where(inside, index, 0)], -1)
+        if self.skip.size:
+            out[_contains(self.skip, out)] = -1
+        return out
+
+    def irregular(self) -> NDArray[np.bool_]:
+        """bool [blocks]: blocks that are not a whole run of ``block`` positions."""
+        out = np.zeros(self.blocks, np.bool_)
+        if self.first is not None:
+            out |= self.first + self.block > self.length
+            if self.skip.size and self.blocks:
+                block_of = np.searchsorted(self.first, self.skip, side="right") - 1
+                block_of = np.maximum(block_of, 0)
+                inside = (self.skip >= self.first[block_of]) & (self.skip < self.first[block_of] + self.block)
+                out[block_of[inside]] = True
+        elif self.blocks:
+            out[-1] = len(self._gathered) % self.block > 0
+        return out
+
+    def bounds(self, pattern: Pattern, grain: int) -> tuple[Spans, Spans]:
+        """(support, full) of the blocks as query tiles: intervals of key positions."""
+        if self.first is not None:
+            return pattern.spans(self.first, np.minimum(self.first + self.block, self.length), self.length, grain)
+        support, full = pattern.spans(self._gathered, self._gathered + 1, self.length, grain)
+        block_of = np.arange(len(self._gathered)) // self.block
+        absent = sp.complement(full, self.length)
+        return (
+            union_rows(support, block_of, self.blocks),
+            sp.complement(union_rows(absent, block_of, self.blocks), self.length),
+        )
+
+    def pages(self, keys: Spans, whole: bool) -> Spans:
+        """Intervals of positions as intervals of this axis's blocks: those inside them, or those that they touch."""
+        start, stop = keys.start, keys.stop
+        if self.first is None:
+            start, stop = np.searchsorted(self._gathered, start), np.searchsorted(self._gathered, stop)
+        if whole:
+            start, stop = -(-start // self.block), stop // self.block
+        else:
+            start, stop = start // self.block, np.where(stop > start, -(-stop // self.block), start // self.block)
+        return sp.from_sorted(keys.row_of(), start, stop, keys.rows)
+
+
+def union_rows(spans: Spans, group: Ints, groups: int) -> Spans:
+    """The union of the rows of each group. group int64 [rows] gives each row's group."""
+    row = group[spans.row_of()]
+    order = np.argsort(row * (int(spans.stop.max(initial=0)) + 1) + spans.start, kind="stable")
+    return sp.from_sorted(row[order], spans.start[order], spans.stop[order], groups)
+
+
+def difference(a: Spans, b: Spans, length: int) -> Spans:
+    """Row by row, the positions in ``a`` that are not in ``b``; both inside [0, length)."""
+    return sp.intersect(a, sp.complement(b, length))
+
+
+def touched(pattern: Pattern, queries: Axis, keys: Axis) -> Spans:
+    """Intervals of pages outside which nothing is allowed, by query tile."""
+    support, _ = queries.bounds(pattern, keys.block)
+    return keys.pages(support, whole=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """What the query tiles of one axis visit of another: FULL pages as intervals, PARTIAL pages with masks.
+
+    full: Spans of pages by tile. row, page, mask: int64 [partial tiles], by row and page.
+    masks: uint32 [distinct, block_q, ceil(block_k / 32)].
+    """
+
+    full: Spans
+    row: Ints
+    page: Ints
+    mask: Ints
+    masks: NDArray[np.uint32]
+
+    def rows(self, tiles: Ints) -> Visits:
+        """The visits of some query tiles, ascending, renumbered from 0."""
+        count = np.diff(self.full.ptr)[tiles]
+        at = sp.concat_ranges(self.full.ptr[tiles], count)
+        ptr = np.zeros(len(tiles) + 1, np.int64)
+        np.cumsum(count, out=ptr[1:])
+        number = np.full(self.full.rows, -1, np.int64)
+        number[tiles] = np.arange(len(tiles))
+        row = number[self.row]
+        kept = row >= 0
+        full = Spans(ptr, self.full.start[at], self.full.stop[at])
+        return Visits(full, row[kept], self.page[kept], self.mask[kept], self.masks)
+
+    @property
+    def tiles(self) -> Ints:
+        """int64 [rows]: pages visited by each query tile."""
+        full = np.bincount(self.full.row_of(), self.full.stop - self.full.start, self.full.rows).astype(np.int64)
+        return full + np.bincount(self.row, minlength=self.full.rows)
+
+    def pairs(self, queries: Axis, block_k: int) -> Ints:
+        """int64 [rows]: allowed (query, key) pairs of each query tile."""
+        full = np.bincount(self.full.row_of(), self.full.stop - self.full.start, self.full.rows).astype(np.int64)
+        if queries.first is not None:
+            rows = np.minimum(queries.block, queries.length - queries.first)
+        else:
+            rows = np.minimum(queries.block, len(queries.gathered) - queries.block * np.arange(queries.blocks))  # type: ignore[arg-type]
+        by_line = np.bitwise_count(self.masks).sum(axis=2, dtype=np.int64).cumsum(axis=1)
+        partial = by_line[self.mask, rows[self.row] - 1] if len(self.row) else _NONE
+        return full * rows * block_k + np.bincount(self.row, partial, self.full.rows).astype(np.int64)
+
+
+def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
+    """Sorts the tiles of queries x keys into EMPTY, PARTIAL and FULL, exactly."""
+    support, full = queries.bounds(pattern, keys.block)
+    candidates, full = keys.pages(support, whole=False), keys.pages(full, whole=True)
+    odd_row, odd_page = queries.irregular() & _skips(queries), keys.irregular()
+    full = _without(full, odd_row, odd_page)
+    rest = difference(candidates, full, keys.blocks)
+    count = rest.stop - rest.start
+    row, page = np.repeat(rest.row_of(), count), sp.concat_ranges(rest.start, count)
+
+    if queries.first is not None and keys.first is not None:
+        label = pattern.labels(queries.first[row], keys.first[page], queries.block, keys.block)
+        kept = label != 0
+        if not kept.all():
+            row, page, label = row[kept], page[kept], label[kept]
+        whole = label == 1
+        if odd_row.any() or odd_page.any():
+            odd = odd_row[row] | odd_page[page]
+            whole &= ~odd
+            # An irregular block's mask is its own: tell such tiles apart by their blocks.
+            _, label = np.unique(label, return_inverse=True)
+            which = np.where(odd_row[row], row, -1) * (keys.blocks + 1) + np.where(odd_page[page], page, -1)
+            _, which = np.unique(which, return_inverse=True)
+            label = label * (int(which.max(initial=0)) + 1) + which
+        full = _add_pages(full, row[whole], page[whole])
+        row, page, label = row[~whole], page[~whole], label[~whole]
+        _, sample, mask = np.unique(label, return_index=True, return_inverse=True)
+    else:
+        sample = mask = np.arange(len(row))
+
+    masks = _bit_masks(pattern, queries, keys, row[sample], page[sample])
+    allowed = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64)
+    everything = allowed == queries.block * keys.block
+    if everything.any() or not allowed.all():
+        promoted = everything[mask]
+        full = _add_pages(full, row[promoted], page[promoted])
+        kept = (allowed[mask] > 0) & ~promoted
+        row, page, mask = row[kept], page[kept], mask[kept]
+    masks, mask = unique_masks(masks, mask)
+    return Visits(full, row, page, mask, masks)
+
+
+def _skips(axis: Axis) -> NDArray[np.bool_] | np.bool_:
+    # A short query tile needs no mask of its own: rows that do not exist are never written.
+    return np.bool_(axis.skip.size > 0)
+
+
+def _without(full: Spans, odd_row: NDArray[np.bool_], odd_page: NDArray[np.bool_]) -> Spans:
+    """FULL intervals less the rows and pages that need a mask."""
+    row, start, stop = full.row_of(), full.start, full.stop
+    if odd_row.any():
+        kept = ~odd_row[row]
+        row, start, stop = row[kept], start[kept], stop[kept]
+    holes = np.flatnonzero(odd_page)
+    if holes.size:
+        first, last = np.searchsorted(holes, start), np.searchsorted(holes, stop)
+        inside = last - first
+        at = np.concatenate((_NONE, np.cumsum(inside + 1)))
+        pieces = np.repeat(np.arange(len(row)), inside + 1)
+        hole = holes[sp.concat_ranges(first, inside)]
+        ends = np.ones(len(pieces), np.bool_)
+        ends[at - 1] = False
+        new_start, new_stop = start[pieces], stop[pieces]
+        new_stop[ends] = hole
+        new_start[1:][ends[:-1]] = hole + 1
+        row, start, stop = row[pieces], new_start, new_stop
+    return sp.from_sorted(row, start, stop, full.rows)
+
+
+def _add_pages(full: Spans, row: Ints, page: Ints) -> Spans:
+    """FULL intervals and single pages together."""
+    if len(row) == 0:
+        return full
+    # Sorted by row and page, as candidates are.
+    return sp.union(full, sp.from_sorted(row, page, page + 1, full.rows))
+
+
+def _contains(values: Ints, x: Ints) -> NDArray[np.bool_]:
+    """Whether each x is among the ascending values."""
+    at = np.minimum(np.searchsorted(values, x), len(values) - 1)
+    return values[at] == x
+
+
+def _bit_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.uint32]:
+    """uint32 [n, block_q, ceil(block_k / 32)]: the masks of tiles."""
+    words = -(-keys.block // 32)
+    out = np.zeros((len(row), queries.block, words), np.uint32)
+    step = max(1, _PAIRS_AT_ONCE // (queries.block * keys.block))
+    interval = keys.first is not None and queries.first is not None and queries.skip.size == 0 == keys.skip.size
+    if interval and len(row) > step:
+        bits = _interval_masks(pattern, queries, keys, row, page)
+        if bits is not None:
+            return bits
+    for i in range(0, len(row), step):
+        # Rows beyond the sequence are never written; keeping them lets a short tile share the masks of whole ones.
+        q = queries.positions(row[i : i + step], clip=False)[:, :, None]
+        k = keys.positions(page[i : i + step])[:, None, :]
+        allowed = pattern.allows(np.maximum(q, 0), np.maximum(k, 0)) & (q >= 0) & (k >= 0)
+        packed = np.packbits(allowed, axis=-1, bitorder="little")
+        out[i : i + step].view(np.uint8)[..., : packed.shape[-1]] = packed
+    return out
+
+
+def _interval_masks(
+    pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints
+) -> NDArray[np.uint32] | None:
+    """The same where each query row attends to one interval of keys, without looking at pairs."""
+    assert queries.first is not None and keys.first is not None
+    q = queries.first[row][:, None] + np.arange(queries.block)
+    intervals = pattern.row_interval(q.ravel())
+    if intervals is None:
+        return None
+    k0 = keys.first[page]
+    high = np.minimum(keys.block, keys.length - k0)[:, None]
+    start = np.clip(intervals[0].reshape(q.shape) - k0[:, None], 0, high)
+    stop = np.clip(intervals[1].reshape(q.shape) - k0[:, None], start, high)
+    below = np.tril(np.ones((keys.block + 1, keys.block), np.bool_), -1)
+    below_bits = np.zeros((keys.block + 1, -(-keys.block // 32) * 4), np.uint8)
+    packed = np.packbits(below, axis=-1, bitorder="little")
+    below_bits[:, : packed.shape[-1]] = packed
+    lookup = below_bits.view(np.uint32)
+    return lookup[stop] & ~lookup[start]
+
+
+def unique_masks(masks: NDArray[np.uint32], mask: Ints) -> tuple[NDArray[np.uint32], Ints]:
+    """Stores equal masks once, and drops those that no entry of ``mask`` names."""
+    used = np.zeros(len(masks), np.bool_)
+    used[mask] = True
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
+    # A hash finds the candidates; only true equality merges them.
+    weights = np.random.default_rng(0).integers(1, 1 << 63, flat.shape[1], dtype=np.uint64) | np.uint64(1)
+    code = np.einsum("mw,w->m", flat, weights)
+    _, sample, index = np.unique(np.where(used, code, np.uint64(0)), return_index=True, return_inverse=True)
+    same = (flat == flat[sample[index]]).all(axis=1)
+    target = np.where(same, sample[index], np.arange(len(masks)))
+    used_targets = np.unique(target[used])
+    return masks[used_targets], np.searchsorted(used_targets, target[mask])
+
+
+@dataclass(frozen=True, eq=False)
+class Extents:
+    """Where pages lie in an arena: pages ``start[i] ... stop[i] - 1`` at arena pages ``to[i] ...``; by start."""
+
+    start: Ints
+    stop: Ints
+    to: Ints
+
+    @staticmethod
+    def of(pages: Ints, to: int) -> Extents:
+        """Ascending pages, one after the other from arena page ``to``."""
+        breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+        first = np.concatenate((np.zeros(1, np.int64), breaks)) if len(pages) else _NONE
+        size = np.diff(np.append(first, len(pages)))
+        start = pages[first]
+        return Extents(start, start + size, to + first)
+
+    def joined(self, other: Extents) -> Extents:
+        parts = [np.concatenate(x) for x in zip(self.astuple(), other.astuple(), strict=True)]
+        order = np.argsort(parts[0], kind="stable")
+        return Extents(*(x[order] for x in parts))
+
+    def astuple(self) -> tuple[Ints, Ints, Ints]:
+        return self.start, self.stop, self.to
+
+    def place(self, visits: Visits) -> tuple[tuple[Ints, Ints, Ints], tuple[Ints, Ints, Ints]]:
+        """Visits in arena pages: runs (row, first, count) and partial tiles (row, page, mask); others are dropped."""
+        full, row = visits.full, visits.full.row_of()
+        first = np.searchsorted(self.stop, full.start, side="right")
+        count = np.maximum(np.searchsorted(self.start, full.stop, side="left") - first, 0)
+        run, extent = np.repeat(np.arange(len(row)), count), sp.concat_ranges(first, count)
+        start = np.maximum(full.start[run], self.start[extent])
+        size = np.minimum(full.stop[run], self.stop[extent]) - start
+        runs = (row[run], self.to[extent] + start - self.start[extent], size)
+        if len(self.start) == 0:
+            return runs, (_NONE, _NONE, _NONE)
+        at = np.maximum(np.searchsorted(self.start, visits.page, side="right") - 1, 0)
+        here = (visits.page >= self.start[at]) & (visits.page < self.stop[at])
+        at, page = at[here], visits.page[here]
+        return runs, (visits.row[here], self.to[at] + page - self.start[at], visits.mask[here])
+
+
+def assemble(
+    parts: Sequence[Sequence[tuple[Visits, Extents]]],
+    head_table: Sequence[int],
+    tiles: int,
+    blocks: tuple[int, int],
+    own_pages: int,
+    guest_pages: int,
+) -> TileTable:
+    """One tile table of several: for each table, visits and where their pages lie in the arena."""
+    runs: list[tuple[Ints, Ints, Ints]] = []
+    partial: list[tuple[Ints, Ints, Ints]] = []
+    masks: list[NDArray[np.uint32]] = []
+    offset: dict[int, int] = {}
+    for index, table in enumerate(parts):
+        for visits, extents in table:
+            if id(visits) not in offset:
+                offset[id(visits)] = sum(map(len, masks))
+                masks.append(visits.masks)
+            (row, first, count), (part_row, page, mask) = extents.place(visits)
+            runs.append((row + index * tiles, first, count))
+            partial.append((part_row + index * tiles, page, mask + offset[id(visits)]))
+    rows = len(parts) * tiles
+    full_ptr, full_first, full_count = _by_row(runs, rows)
+    part_ptr, part_page, part_mask = _by_row(partial, rows)
+    words = -(-blocks[1] // 32)
+    every = np.concatenate(masks) if masks else np.zeros((0, blocks[0], words), np.uint32)
+    every, part_mask = unique_masks(every, part_mask)
+    return TileTable(
+        block_q=blocks[0],
+        block_k=blocks[1],
+        tiles=tiles,
+        own_pages=own_pages,
+        guest_pages=guest_pages,
+        head_table=tuple(head_table),
+        full_ptr=full_ptr.astype(np.int32),
+        full_first=full_first.astype(np.int32),
+        full_count=full_count.astype(np.int32),
+        part_ptr=part_ptr.astype(np.int32),
+        part_page=part_page.astype(np.int32),
+        part_mask=part_mask.astype(np.int32),
+        masks=every,
+    )
+
+
+def _by_row(parts: list[tuple[Ints, Ints, Ints]], rows: int) -> tuple[Ints, Ints, Ints]:
+    """(ptr, a, b) of entries (row, a, b), ordered by row and then by a."""
+    if not parts:
+        return np.zeros(rows + 1, np.int64), _NONE, _NONE
+    row, a, b = (np.concatenate(x) for x in zip(*parts, strict=True))
+    key = row * (int(a.max(initial=0)) + 1) + a
+    if (np.diff(key) < 0).any():
+        order = np.argsort(key, kind="stable")
+        row, a, b = row[order], a[order], b[order]
+    ptr = np.zeros(rows + 1, np.int64)
+    np.cumsum(np.bincount(row, minlength=rows), out=ptr[1:])
+    return ptr, a, b
+
+
+def transpose(table: TileTable) -> KeyTable:
+    """The same tiles by key page, for the pass that makes dK and dV. Linear in what changes from tile to tile."""
+    tiles, pages, rows = table.tiles, table.pages, table.tables * table.tiles
+    run_row = np.repeat(np.arange(rows), np.diff(table.full_ptr))
+    full = sp.from_sorted(
+        run_row, table.full_first.astype(np.int64), (table.full_first + table.full_count).astype(np.int64), rows
+    )
+    # A run of query tiles at a page begins where the page is in a row and not in the row before, and ends likewise.
+    first_rows = np.arange(0, rows, tiles) if tiles else _NONE
+    before = _shift(full, first_rows)
+    enter = _entries(difference(full, before, pages))
+    leave = _entries(difference(before, full, pages))
+    last = _rows(full, first_rows + tiles - 1)
+    enter_key = np.sort(((enter[0] // max(tiles, 1)) * pages + enter[1]) * (tiles + 1) + enter[0] % max(tiles, 1))
+    leave_table = np.concatenate((leave[0] // max(tiles, 1), last[0] // max(tiles, 1)))
+    leave_tile = np.concatenate((leave[0] % max(tiles, 1), np.full(len(last[0]), tiles)))
+    leave_key = np.sort((leave_table * pages + np.concatenate((leave[1], last[1]))) * (tiles + 1) + leave_tile)
+    key_rows = table.tables * pages
+    first_tile = enter_key % (tiles + 1)
+    full_ptr = np.zeros(key_rows + 1, np.int64)
+    np.cumsum(np.bincount(enter_key // (tiles + 1), minlength=key_rows), out=full_ptr[1:])
+    part_row = np.repeat(np.arange(rows), np.diff(table.part_ptr))
+    owner = part_row // max(tiles, 1) * pages + table.part_page
+    order = np.argsort(owner * (tiles + 1) + part_row % max(tiles, 1), kind="stable")
+    part_ptr = np.zeros(key_rows + 1, np.int64)
+    np.cumsum(np.bincount(owner, minlength=key_rows), out=part_ptr[1:])
+    return KeyTable(
+        table=table,
+        full_ptr=full_ptr.astype(np.int32),
+        full_first=first_tile.astype(np.int32),
+        full_count=(leave_key % (tiles + 1) - first_tile).astype(np.int32),
+        part_ptr=part_ptr.astype(np.int32),
+        part_tile=(part_row % max(tiles, 1))[order].astype(np.int32),
+        part_mask=table.part_mask[order],
+    )
+
+
+def _shift(spans: Spans, reset: Ints) -> Spans:
+    """Row r gets the intervals of row r - 1; rows in ``reset`` get none."""
+    count = np.diff(spans.ptr)
+    shifted = np.concatenate((np.zeros(1, np.int64), count[:-1])) if len(count) else count
+    keep = np.ones(spans.rows, np.bool_)
+    keep[reset] = False
+    # Intervals of the row before a reset row belong to nobody.
+    kept = np.append(keep[1:], False)[spans.row_of()] if spans.rows else np.zeros(0, np.bool_)
+    ptr = np.zeros(spans.rows + 1, np.int64)
+    np.cumsum(np.where(keep, shifted, 0), out=ptr[1:])
+    return Spans(ptr, spans.start[kept], spans.stop[kept])
+
+
+def _entries(spans: Spans) -> tuple[Ints, Ints]:
+    """(row, position) of every position in the intervals."""
+    count = spans.stop - spans.start
+    return np.repeat(spans.row_of(), count), sp.concat_ranges(spans.start, count)
+
+
+def _rows(spans: Spans, rows: Ints) -> tuple[Ints, Ints]:
+    """(row, position) of every position in the intervals of some rows."""
+    chosen = np.zeros(spans.rows, np.bool_)
+    chosen[rows] = True
+    kept = chosen[spans.row_of()]
+    count = (spans.stop - spans.start)[kept]
+    return np.repeat(spans.row_of()[kept], count), sp.concat_ranges(spans.start[kept], count)
+

@@ -1,0 +1,152 @@
+"""The tile table: which pages each query tile visits, in the form that kernels read.
+
+A kernel needs no more than this. It never learns what a pattern, a plan or a rank is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class TileTable:
+    """Tiles of the score matrix, by query tile.
+
+    A table row is a (table, query tile) pair, ``row = table * tiles + tile``. Row ``r`` visits the FULL pages
+
+        for i in range(full_ptr[r], full_ptr[r + 1]):
+            pages full_first[i], full_first[i] + 1, ..., full_first[i] + full_count[i] - 1
+
+    without a mask, and the PARTIAL pages
+
+        for i in range(part_ptr[r], part_ptr[r + 1]):
+            page part_page[i], pair (a, b) allowed if bit b % 32 of masks[part_mask[i], a, b // 32] is set
+
+    No page occurs twice in a row. A page that has fewer than ``block_k`` rows is always PARTIAL, and its mask
+    clears the rows that do not exist.
+
+    Attributes:
+        block_q: rows of a query tile; the last tile may be short.
+        block_k: rows of a page.
+        tiles: query tiles of a table.
+        own_pages: pages ``0 .. own_pages - 1`` are rows ``page * block_k ...`` of the rank's own K and V.
+        guest_pages: pages ``own_pages ..`` lie one after the other in the guest buffer.
+        head_table: for each query head, the table that it reads.
+        full_ptr: int32 [tables * tiles + 1].
+        full_first, full_count: int32 [runs].
+        part_ptr: int32 [tables * tiles + 1].
+        part_page, part_mask: int32 [partial tiles].
+        masks: uint32 [distinct masks, block_q, ceil(block_k / 32)], each mask stored once.
+    """
+
+    block_q: int
+    block_k: int
+    tiles: int
+    own_pages: int
+    guest_pages: int
+    head_table: tuple[int, ...]
+    full_ptr: Int32
+    full_first: Int32
+    full_count: Int32
+    part_ptr: Int32
+    part_page: Int32
+    part_mask: Int32
+    masks: NDArray[np.uint32]
+
+    @property
+    def tables(self) -> int:
+        return (len(self.full_ptr) - 1) // max(self.tiles, 1)
+
+    @property
+    def pages(self) -> int:
+        return self.own_pages + self.guest_pages
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.full_ptr, self.full_first, self.full_count, self.part_ptr, self.part_page, self.part_mask)
+        return sum(array.nbytes for array in arrays) + self.masks.nbytes
+
+    @cached_property
+    def full_cumulative(self) -> NDArray[np.int64]:
+        """int64 [runs + 1]: FULL pages in all runs before run i."""
+        out = np.zeros(len(self.full_count) + 1, np.int64)
+        np.cumsum(self.full_count, out=out[1:])
+        return out
+
+    @cached_property
+    def full_pages(self) -> NDArray[np.int64]:
+        """int64 [tables * tiles]: FULL pages that each row visits."""
+        return np.diff(self.full_cumulative[self.full_ptr])
+
+    @cached_property
+    def part_pages(self) -> NDArray[np.int64]:
+        """int64 [tables * tiles]: PARTIAL pages that each row visits."""
+        return np.diff(self.part_ptr).astype(np.int64)
+
+    @cached_property
+    def mask_pairs(self) -> NDArray[np.int64]:
+        """int64 [distinct masks]: allowed pairs of each mask."""
+        return np.bitwise_count(self.masks).sum(axis=(1, 2), dtype=np.int64)
+
+    @cached_property
+    def mask_bool(self) -> torch.Tensor:
+        """bool [distinct masks, block_q, block_k] on the CPU: the masks unpacked."""
+        bits = np.unpackbits(self.masks.view(np.uint8), axis=-1, bitorder="little", count=self.block_k)
+        return torch.from_numpy(bits.view(np.bool_))
+
+    @cached_property
+    def visits_guests(self) -> NDArray[np.bool_]:
+        """bool [tiles]: whether some table of the tile visits a guest page."""
+        rows = self.tables * self.tiles
+        run_row = np.repeat(np.arange(rows), np.diff(self.full_ptr))
+        part_row = np.repeat(np.arange(rows), np.diff(self.part_ptr))
+        out = np.zeros(rows, np.bool_)
+        out[run_row[self.full_first + self.full_count > self.own_pages]] = True
+        out[part_row[self.part_page >= self.own_pages]] = True
+        return out.reshape(self.tables, self.tiles).any(axis=0)
+
+    def expand(
+        self, rows: NDArray[np.int64], first: int, partial: int, full: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pages ``first .. first + partial + full`` of each row's list, PARTIAL pages before FULL ones.
+
+        Every row must have these ``partial + full`` entries, of these kinds.
+
+        Returns:
+            pages int64 [rows, partial + full] and masks int64 [rows, partial].
+        """
+        part_at = self.part_ptr[rows].astype(np.int64)[:, None] + first + np.arange(partial)
+        rank = np.maximum(first - self.part_pages[rows], 0)[:, None] + np.arange(full)
+        rank = rank + self.full_cumulative[self.full_ptr[rows]][:, None]
+        run = np.searchsorted(self.full_cumulative, rank, side="right") - 1
+        full_page = self.full_first[run] + (rank - self.full_cumulative[run]) if full else rank
+        pages = np.concatenate((self.part_page[part_at].astype(np.int64), full_page), axis=1)
+        return pages, self.part_mask[part_at].astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyTable:
+    """The tiles of a :class:`TileTable` by key page: row ``table * pages + page`` holds query tiles.
+
+    Attributes:
+        table: the same tiles by query tile; its masks serve here as well.
+        full_ptr: int32 [tables * pages + 1].
+        full_first, full_count: int32 [runs], runs of query tiles to which the whole page is visible.
+        part_ptr: int32 [tables * pages + 1].
+        part_tile, part_mask: int32 [partial tiles].
+    """
+
+    table: TileTable
+    full_ptr: Int32
+    full_first: Int32
+    full_count: Int32
+    part_ptr: Int32
+    part_tile: Int32
+    part_mask: Int32

@@ -1,0 +1,279 @@
+"""Child processes for ranks: they are started, heard, and ended here, and they never outlive their parent.
+
+A child is a fresh Python interpreter that calls one function. It has two ways to be heard: a connection for
+messages, and whatever it prints (stdout and stderr together), by lines. It leads its own process group, so
+that Ctrl-C in a terminal reaches the parent alone, and so that the parent can end it with everything that it
+started.
+
+If the parent dies, however it dies, the child ends too: its standard input is a pipe whose other end only the
+parent holds, and a thread waits for that pipe to close. On Linux the kernel kills it as well
+(PR_SET_PDEATHSIG, prctl(2)), which works even while some extension holds Python's global lock. That signal
+follows the thread which started the child, so start children from a thread that lives as long as they should.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+from types import TracebackType
+from typing import Any, NamedTuple
+
+_TAIL = 20  # lines of each child's output that are kept
+
+_BOOTSTRAP = (
+    "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start.pop('path'); "
+    "from distattn.launch.processes import child; child(**start)"
+)
+
+
+class Message(NamedTuple):
+    """A child sent this value."""
+
+    value: Any
+
+
+class Line(NamedTuple):
+    """A child printed this line."""
+
+    text: str
+
+
+class Exit(NamedTuple):
+    """A child ended: its exit status, or minus the number of the signal that ended it. Its last event."""
+
+    code: int
+
+
+Event = Message | Line | Exit
+
+
+class Processes:
+    """Child processes numbered from 0; use it as a context manager, which ends those that are left.
+
+    Args:
+        target: "module:function", called in each child as function(connection, argument); see `send` and
+            `receive`.
+        arguments: one a child; pickled.
+        env: environment of the children.
+        path: sys.path of the children; by default that of this process.
+        label: what `ps` shows, before the child's number.
+        stop_timeout: seconds between asking a child to stop (SIGTERM) and killing it, on leaving the context.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        arguments: Sequence[object],
+        env: Mapping[str, str],
+        path: Sequence[str] | None = None,
+        label: str = "distattn rank",
+        stop_timeout: float = 5.0,
+    ) -> None:
+        self._stop_timeout = stop_timeout
+        self._children: list[_Child] = []
+        start = {"path": [*(sys.path if path is None else path)], "target": target, "parent": os.getpid()}
+        start["path"] = [entry or os.getcwd() for entry in start["path"]]
+        try:
+            for number in range(len(arguments)):
+                self._children.append(_Child(start, dict(env), f"{label} {number}"))
+            for number, argument in enumerate(arguments):
+                self.send(number, argument)
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __len__(self) -> int:
+        return len(self._children)
+
+    def send(self, number: int, value: object) -> None:
+        """Pickle a value and send it to a child; nothing happens if the child has ended."""
+        try:
+            send(self._children[number].connection, value)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # poll tells that it has ended
+
+    def poll(self, timeout: float) -> list[tuple[int, Event]]:
+        """What happened, as (child's number, event); waits up to `timeout` seconds for something to happen.
+
+        The events of a child come in order, and all of its messages and lines before its Exit. (A line that a
+        child printed before it sent a message may come after the message.)
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            # A child can end while a process that it started still holds its pipes, so the pipes alone do not
+            # tell.
+            sources = [source for child in self._children for source in child.sources()]
+            pause = max(0.0, min(0.1, deadline - time.monotonic()))
+            ready = wait(sources, pause) if sources else time.sleep(pause)
+            found = [
+                (n, event) for n, child in enumerate(self._children) for event in child.events(ready or [])
+            ]
+            if found or time.monotonic() >= deadline:
+                return found
+
+    def tail(self, number: int) -> list[str]:
+        """The last lines that a child printed."""
+        return list(self._children[number].tail)
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End all children and what they started: SIGTERM, then SIGKILL after a while. Returns when all are
+        gone.
+
+        An interrupt (Ctrl-C) while it waits kills them at once, and is raised again.
+        """
+        deadline = time.monotonic() + (self._stop_timeout if timeout is None else timeout)
+        try:
+            for child in self._children:
+                child.signal(signal.SIGTERM)
+            while (
+                any(child.process.poll() is None for child in self._children) and time.monotonic() < deadline
+            ):
+                time.sleep(0.02)
+        finally:
+            for child in self._children:
+                child.close()
+
+
+class _Child:
+    """One child process, seen from its parent."""
+
+    def __init__(self, start: dict[str, Any], env: dict[str, str], label: str) -> None:
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-X", "faulthandler", "-c", _BOOTSTRAP, label],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=env,
+            )
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.lifeline, self.output = self.process.stdin, self.process.stdout
+            try:
+                self.lifeline.write(json.dumps(start | {"descriptor": theirs.fileno()}).encode() + b"\n")
+                self.lifeline.flush()
+            except BrokenPipeError:
+                pass  # it has ended already, as `events` will tell
+        os.set_blocking(self.output.fileno(), False)
+        self.tail: deque[str] = deque(maxlen=_TAIL)
+        self.code: int | None = None  # set once the Exit event was given out
+        self._open = {self.connection.fileno(), self.output.fileno()}
+        self._partial = b""
+
+    def sources(self) -> list[int]:
+        return sorted(self._open)
+
+    def has_ended(self) -> bool:
+        return self.code is None and self.process.poll() is not None
+
+    def events(self, ready: Sequence[object]) -> list[Event]:
+        ended = self.has_ended()  # asked first: whatever it wrote is then already in the pipes
+        found: list[Event] = []
+        if self.output.fileno() in ready or ended:
+            found += self._lines(ended)
+        if self.connection.fileno() in ready or ended:
+            found += self._messages()
+        if ended:
+            self._open.clear()
+            self.code = self.process.returncode
+            found.append(Exit(self.code))
+        return found
+
+    def _messages(self) -> list[Event]:
+        found: list[Event] = []
+        try:
+            while self.connection.fileno() in self._open and self.connection.poll():
+                found.append(Message(receive(self.connection)))
+        except (EOFError, ConnectionResetError):
+            self._open.discard(self.connection.fileno())
+        return found
+
+    def _lines(self, ended: bool) -> list[Event]:
+        text = self._partial
+        while self.output.fileno() in self._open:
+            try:
+                block = os.read(self.output.fileno(), 1 << 16)
+            except BlockingIOError:
+                break
+            if not block:
+                self._open.discard(self.output.fileno())
+            text += block
+        *lines, self._partial = text.split(b"\n")
+        if self._partial and (ended or self.output.fileno() not in self._open):
+            lines.append(self._partial)
+            self._partial = b""
+        decoded = [line.decode(errors="replace") for line in lines]
+        self.tail.extend(decoded)
+        return [Line(line) for line in decoded]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the child and all that it started."""
+        try:
+            os.killpg(self.process.pid, number)
+        except (ProcessLookupError, PermissionError):  # macOS answers the second for a group of zombies
+            pass
+
+    def close(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        self._open.clear()
+        self.connection.close()
+        self.output.close()
+        try:
+            self.lifeline.close()
+        except BrokenPipeError:
+            pass
+
+
+def send(connection: Connection, value: object) -> None:
+    """Pickle a value and send it; tensors by value, unlike `Connection.send` once torch is imported."""
+    connection.send_bytes(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def receive(connection: Connection) -> Any:
+    """Wait for a value that `send` sent. Raises EOFError when the other side is gone."""
+    return pickle.loads(connection.recv_bytes())
+
+
+def child(target: str, parent: int, descriptor: int) -> None:
+    """What a child does first; not to be called elsewhere."""
+    _die_with(parent)
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    argument = receive(connection)
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)(connection, argument)
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before that call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait_for_the_end() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()

@@ -1,0 +1,90 @@
+"""What every launcher does inside a rank: join the others, run the job, leave."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed import Store, destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+
+from distattn.jobs.context import Context, Reporter
+from distattn.launch.device import Device
+
+MESH_DIM = "sequence"
+"""Name of the one dimension of the mesh that jobs get."""
+
+_SECONDS_BETWEEN_REPORTS = 0.1
+
+
+class Throttled:
+    """A reporter that passes on ten progress reports a second, and the first and last one of a stage."""
+
+    def __init__(self, inner: Reporter) -> None:
+        self._inner = inner
+        self._stage: str | None = None
+        self._next = 0.0
+
+    def progress(self, stage: str, done: float, total: float, info: dict[str, object]) -> None:
+        now = time.monotonic()
+        if stage == self._stage and done < total and now < self._next:
+            return
+        self._stage, self._next = stage, now + _SECONDS_BETWEEN_REPORTS
+        self._inner.progress(stage, done, total, info)
+
+    def log(self, text: str) -> None:
+        self._inner.log(text)
+
+
+def cpu_threads(ranks: int) -> int:
+    """Threads for each of `ranks` processes that share this machine's usable cores; at least 1."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only: the cores that this process may use
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // ranks)
+
+
+def join(
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    local_world_size: int,
+    kind: Device,
+    store: Store | None,
+    timeout: float,
+    output_dir: Path,
+    reporter: Reporter,
+) -> Context:
+    """Make this process a rank: its device, its threads, its process group and its mesh.
+
+    Args:
+        kind: of device; a rank on GPUs takes the one that its local rank counts to.
+        store: where the ranks meet; not needed if world_size is 1, which makes no process group.
+        timeout: seconds that a collective may wait for a peer.
+        output_dir: made if it does not exist.
+    """
+    torch.set_num_threads(cpu_threads(local_world_size))
+    if kind == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    mesh = None
+    if world_size > 1:
+        init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if kind == "cuda" else None,
+        )
+        mesh = init_device_mesh(kind, (world_size,), mesh_dim_names=(MESH_DIM,))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return Context(rank, world_size, local_rank, device, mesh, output_dir, Throttled(reporter))
+
+
+def leave(context: Context) -> None:
+    """Undo `join`."""
+    if context.mesh is not None:
+        destroy_process_group()

@@ -1,0 +1,374 @@
+"""Ranks come to life, are heard, and end: all of them, whatever happens."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import trial_jobs
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from rank_pool import RankError, RankPool
+
+from distattn.conf import schema
+from distattn.jobs import find_job
+from distattn.jobs.context import Context
+from distattn.launch import local
+from distattn.launch.processes import Exit, Line, Message, Processes
+from distattn.launch.ranks import Throttled
+
+TESTS = Path(__file__).parent
+PATIENCE = 120.0  # seconds to wait for what takes a few on an idle machine
+
+
+def config_of(*overrides: str) -> schema.Config:
+    schema.register()
+    with initialize_config_module("distattn.conf", version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", [*overrides, "output_dir=unused"]))
+    assert isinstance(config, schema.Config)
+    return config
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether no such process runs; a zombie that nobody has asked about does not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+# Child processes
+
+
+def children(target: str, *arguments: object, **options: float) -> Processes:
+    return Processes(f"trial_jobs:{target}", arguments, dict(os.environ), **options)  # type: ignore[arg-type]
+
+
+def first_message(processes: Processes) -> list[int]:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        for _, event in processes.poll(1.0):
+            if isinstance(event, Message):
+                return event.value
+    raise AssertionError("no message came")
+
+
+def test_messages_lines_and_exit_codes_by_child() -> None:
+    events: list[list[object]] = [[], []]
+    with children("chats", 20, 21) as processes:
+        while sum(isinstance(event, Exit) for child in events for event in child) < 2:
+            for number, event in processes.poll(PATIENCE):
+                events[number].append(event)
+                if isinstance(event, Message) and event.value in (40, 42):
+                    processes.send(number, 100 * event.value)
+        assert processes.tail(0) == ["before", "after, without a line end"]
+    for number, argument in enumerate((20, 21)):
+        messages = [event.value for event in events[number] if isinstance(event, Message)]
+        lines = [event.text for event in events[number] if isinstance(event, Line)]
+        assert messages == [2 * argument, 200 * argument + 1]
+        assert lines == ["before", "after, without a line end"]
+        assert events[number][-1] == Exit(argument)
+
+
+def test_a_killed_child_is_noticed_and_may_be_sent_to() -> None:
+    with children("dies", 0) as processes:
+        end = time.monotonic() + PATIENCE
+        events: list[object] = []
+        while not events and time.monotonic() < end:
+            events = [event for _, event in processes.poll(1.0)]
+        processes.send(0, "too late")
+    assert events == [Exit(-signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("manner", ["docile", "stubborn"])
+def test_stopping_ends_a_child_and_what_it_started(manner: str) -> None:
+    with children("sleeps", manner, stop_timeout=0.5) as processes:
+        pids = first_message(processes)
+    until(lambda: all(gone(pid) for pid in pids), f"the end of {pids}")
+
+
+def test_a_frozen_child_is_ended() -> None:
+    with children("sleeps", "", stop_timeout=0.2) as processes:
+        pids = first_message(processes)
+        os.kill(pids[0], signal.SIGSTOP)
+    until(lambda: gone(pids[0]), "the end of the frozen child")
+
+
+def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import trial_jobs; trial_jobs.be_parent()", str(tmp_path / "pid")]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(TESTS)}) as parent:
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the child")
+        pid = int((tmp_path / "pid").read_text())
+        assert not gone(pid)
+        parent.kill()
+    until(lambda: gone(pid), "the end of the child")
+
+
+# Policies, without processes
+
+
+def test_the_cause_comes_before_its_consequences() -> None:
+    late = local.Failure(0, "failed: late", "", when=3.0)
+    early = local.Failure(1, "failed: early", "", when=2.0)
+    killed = local.Failure(2, "was ended by SIGKILL", "", when=4.0, killed=True)
+    assert local.order([late, early]) == [early, late]
+    assert local.order([late, early, killed]) == [killed, early, late]
+
+
+def test_progress_is_throttled_but_stages_are_not_lost() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, float]] = []
+
+        def progress(self, stage: str, done: float, total: float, info: dict[str, object]) -> None:
+            self.seen.append((stage, done))
+
+        def log(self, text: str) -> None:
+            self.seen.append((text, -1))
+
+    recorder = Recorder()
+    reporter = Throttled(recorder)
+    for done in range(1, 1001):
+        reporter.progress("a", done, 1000, {})
+    reporter.progress("b", 1, 1000, {})
+    reporter.log("text")
+    assert recorder.seen[0] == ("a", 1)
+    assert recorder.seen[-3:] == [("a", 1000), ("b", 1), ("text", -1)]
+    assert len(recorder.seen) < 100
+
+
+def test_a_rank_gets_its_share_of_the_cores() -> None:
+    from distattn.launch.ranks import cpu_threads
+
+    cores = len(os.sched_getaffinity(0))
+    assert cpu_threads(1) == cores
+    assert cpu_threads(10 * cores) == 1
+
+
+def test_ranks_do_not_see_an_earlier_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("KEPT", "7")
+    environment = local.rank_environment()
+    assert environment["KEPT"] == "7"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & environment.keys()
+
+
+# The local launcher, in this process
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    def run(job: str, *overrides: str, world_size: int = 2) -> int:
+        config = config_of("job=custom", f"job.name=trial_jobs:{job}", *overrides)
+        return local.launch(config, "cpu", world_size, tmp_path)
+
+    return run
+
+
+def test_local_ranks_and_their_report(
+    launch: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert launch("total") == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-1] == f"sum 3 of 2 in {tmp_path}"
+    assert {"[rank 0] added", "[rank 1] added", "[rank 0] printed", "[rank 1] printed"} <= {*out.splitlines()}
+    assert "adding: 100 %  sum=3.0" in out.splitlines()
+    assert err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0", "rank1"]
+
+
+def test_one_rank_needs_no_process_group(
+    launch: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("exit_code_3", world_size=1) == 3
+    assert capfd.readouterr().out.splitlines()[-1] == "not good enough"
+
+
+def test_the_first_error_is_on_top(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("one_raises") == 1
+    err = capfd.readouterr().err.splitlines()
+    assert err[0] == "distattn: rank 1 of 2 failed: ValueError: rank one is at fault"
+    assert any("in one_raises" in line for line in err)  # a traceback
+    assert re.match("distattn: rank 0 (failed: |was stopped)", err[-1])
+    assert len([line for line in err if not line.startswith("    ")]) == 2
+
+
+def test_a_killed_rank_is_the_cause(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("one_is_killed") == 1
+    err = capfd.readouterr().err.splitlines()
+    assert err[0] == "distattn: rank 1 of 2 was ended by SIGKILL"
+    assert err[2] == "    last words"
+
+
+def test_a_rank_that_does_not_start_in_time(
+    launch: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("total", "launcher.start_timeout=0.001") == 1
+    assert "rank 0 of 2 did not start within 0.001 s" in capfd.readouterr().err
+
+
+# The command
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "distattn.launch.run", *arguments]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "distattn.launch.run", "launcher=torchrun", *arguments),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return local.rank_environment() | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def run(arguments: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=2 * PATIENCE
+    )
+
+
+def job(name: str) -> tuple[str, ...]:
+    return "job=custom", f"job.name=trial_jobs:{name}", "launcher.device=cpu"
+
+
+def test_a_sweep_runs_one_job_after_the_other_despite_stale_variables(tmp_path: Path) -> None:
+    stale = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    sweep = ["-m", *job("total"), "+job.params.x0=10", "launcher.num_workers=1,2", "output_dir=out"]
+    done = run(command(*sweep), tmp_path, **stale)
+    assert done.returncode == 0, done.stderr
+    reports = [line.split(" in ")[0] for line in done.stdout.splitlines() if line.startswith("sum")]
+    assert reports == ["sum 11 of 1", "sum 13 of 2"]
+    written = [{path.name for path in (tmp_path / "out" / number).glob("rank?")} for number in "01"]
+    assert written == [{"rank0"}, {"rank0", "rank1"}]
+
+
+def test_torchrun_runs_the_same_job(tmp_path: Path) -> None:
+    done = run(torchrun(*job("total"), "output_dir=out"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"sum 3 of 2 in {tmp_path / 'out'}" in done.stdout.splitlines()
+    assert {"[rank 0] added", "[rank 1] added"} <= {*done.stdout.splitlines()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"rank0", "rank1"}
+
+
+def test_torchrun_names_the_first_error(tmp_path: Path) -> None:
+    done = run(torchrun(*job("one_raises")), tmp_path)
+    assert done.returncode == 1
+    assert "distattn: rank 1 failed: ValueError: rank one is at fault" in done.stderr
+    cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank one is at fault" in cause
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """The command, running a job that does not end by itself, and the pids of its ranks."""
+    with subprocess.Popen(
+        command(*job("waits"), "launcher.stop_timeout=1"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        pids: list[int] = []
+        for line in process.stdout:
+            pids += [int(text) for text in re.findall(r"pid (\d+)", line)]
+            if len(pids) == 2:
+                break
+        assert len(pids) == 2 and not any(gone(pid) for pid in pids)
+        yield process, pids
+        process.kill()
+
+
+def test_ctrl_c_ends_everything_with_one_line(waiting: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, pids = waiting
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, "distattn: interrupted\n")
+    assert all(gone(pid) for pid in pids)
+
+
+def test_no_rank_outlives_a_killed_command(waiting: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, pids = waiting
+    process.kill()
+    until(lambda: all(gone(pid) for pid in pids), f"the end of the ranks {pids}")
+
+
+# The pool that other tests use
+
+
+def scaled_sum(
+    context: Context, x: torch.Tensor, factor: float = 1.0
+) -> tuple[int, torch.Tensor, np.ndarray]:
+    x = x * (context.rank + 1)
+    if context.mesh is not None:
+        assert context.mesh.size() == context.world_size
+        dist.all_reduce(x, group=context.mesh.get_group())
+    return context.rank, x * factor, np.arange(context.rank)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_pool_runs_on_the_first_ranks(ranks: RankPool, count: int) -> None:
+    results = ranks(count, scaled_sum, torch.ones(2), factor=10.0)
+    assert [rank for rank, _, _ in results] == list(range(count))
+    for rank, x, array in results:
+        assert torch.equal(x, torch.full((2,), 10.0 * count * (count + 1) / 2))
+        assert array.tolist() == list(range(rank))
+
+
+def raises_somewhere(context: Context, where: list[int]) -> int:
+    if context.rank in where:
+        raise KeyError(f"on rank {context.rank}")
+    if where != [0, 1]:
+        dist.barrier(group=context.mesh.get_group())  # type: ignore[union-attr]
+    return context.rank
+
+
+def test_pool_passes_errors_on_and_goes_on(ranks: RankPool) -> None:
+    with pytest.raises(RankError, match="on rank 0") as both:
+        ranks(2, raises_somewhere, [0, 1])
+    assert [type(error) for error in both.value.errors.values()] == [KeyError, KeyError]
+    assert ranks(2, scaled_sum, torch.ones(1))[1][1].item() == 3
+
+
+def stays(context: Context) -> None:
+    time.sleep(1000)
+
+
+def test_pool_starts_anew_after_one_rank_failed() -> None:
+    pool = RankPool(size=2)
+    try:
+        with pytest.raises(RankError, match="(?s)on rank 1.*rank 0") as one:
+            pool(2, raises_somewhere, [1])
+        assert isinstance(one.value.errors[1], KeyError)
+        assert pool(2, scaled_sum, torch.ones(1))[0][1].item() == 3
+        with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 took longer than 0.1 s"):
+            pool(2, stays, timeout=0.1)
+    finally:
+        pool.close()
+
+
+def test_trial_jobs_are_found_by_their_path() -> None:
+    assert find_job("trial_jobs:total").run is trial_jobs.total

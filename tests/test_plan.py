@@ -1,0 +1,148 @@
+"""Plans on paper: what they say, and what they refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distattn import presets
+from distattn.cost import Machine, Work, step_time
+from distattn.patterns import Causal, Documents, GlobalTokens, SlidingWindow
+from distattn.plan import Plan, make_plan
+from distattn.spec import AttentionSpec
+
+SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+
+
+def on_paper(spec: AttentionSpec, length: int, world_size: int, rank: int = 0, **more: Any) -> Plan:
+    return make_plan(spec, length, world_size=world_size, rank=rank, **SIZES | more)
+
+
+def test_equal_arguments_give_the_same_plan() -> None:
+    first = on_paper(presets.mistral(100), 1000, 2)
+    assert on_paper(presets.mistral(100), 1000, 2) is first
+    other = on_paper(presets.mistral(101), 1000, 2)
+    assert other.key != first.key
+    assert on_paper(presets.mistral(100), 1000, 2, rank=1).key == first.key
+
+
+def test_what_ranks_send_is_what_the_others_receive() -> None:
+    for schedule in ("direct", "ring"):
+        plans = [
+            on_paper(presets.longformer(300, global_tokens=range(0, 5000, 700)), 5000, 4, r, schedule=schedule)
+            for r in range(4)
+        ]
+        for stage in range(len(plans[0].stages)):
+            sends = {
+                (plan.rank, m.peer, m.kv_heads, t): m.count
+                for plan in plans
+                for t, transfer in enumerate(plan.stages[stage].transfers)
+                for m in transfer.sends
+                if transfer.kind != "all_gather"
+            }
+            receives = {
+                (m.peer, plan.rank, m.kv_heads, t): m.count
+                for plan in plans
+                for t, transfer in enumerate(plan.stages[stage].transfers)
+                for m in transfer.receives
+                if transfer.kind != "all_gather"
+            }
+            assert sends == receives
+
+
+def test_work_on_paper_agrees_with_the_plan_of_each_rank() -> None:
+    spec = AttentionSpec(Causal() & SlidingWindow(700, 0))
+    work = on_paper(spec, 10_000, 4).work(itemsize=2)
+    for rank in range(4):
+        plan = on_paper(spec, 10_000, 4, rank)
+        assert plan.sent_bytes(2) == work[rank].bytes_sent
+        table = plan.stages[0].table
+        assert int((table.full_pages + table.part_pages).sum()) * plan.heads == work[rank].tiles
+    assert sum(w.pairs for w in work) == 4 * sum(min(i, 700) + 1 for i in range(10_000))
+
+
+def test_heads_with_other_patterns_fetch_other_pages() -> None:
+    plan = on_paper(presets.spattention(4, 8192), 8192, 4, rank=3, kv_heads=4)
+    rows = [m.count for t in plan.stages[0].transfers for m in t.receives if m.kv_heads == (0,)]
+    far = [m.count for t in plan.stages[0].transfers for m in t.receives if m.kv_heads == (3,)]
+    # Head 0 looks at most 2,048 tokens back, into its neighbour; head 3 at least 6,144.
+    assert sum(rows) == 2048 and sum(far) == 2048
+    assert {m.peer for t in plan.stages[0].transfers for m in t.receives if m.kv_heads == (3,)} == {0}
+
+
+def test_layouts_are_chosen_by_cost() -> None:
+    assert on_paper(presets.mistral(4096), 1 << 20, 8).layout.name == "contiguous"
+    assert on_paper(presets.dense(), 1 << 18, 8).layout.name in ("zigzag", "striped", "balanced")
+
+
+def test_dense_attention_goes_round_a_ring_and_windows_do_not() -> None:
+    ring = on_paper(presets.dense(), 1 << 16, 8, rank=5)
+    assert ring.schedule == "ring" and len(ring.stages) == 8
+    # Two slots: no stage holds more than one other rank's rows.
+    assert max(stage.guest_rows for stage in ring.stages) <= (1 << 16) // 8
+    assert on_paper(presets.mistral(1000), 1 << 16, 8).schedule == "direct"
+
+
+def test_a_thousand_ranks_and_a_hundred_million_tokens_are_explained() -> None:
+    plan = on_paper(AttentionSpec(Causal() & (SlidingWindow(4095, 0) | GlobalTokens(range(64)))), 100_000_000, 1024, 17)
+    text = plan.explain()
+    assert "100,000,000 tokens on 1,024 ranks" in text and "Predicted" in text
+    assert len(text.splitlines()) < 40
+
+
+def test_explain_lists_ranks_and_stages() -> None:
+    lines = on_paper(presets.dense(), 4096, 4, rank=1, schedule="ring").explain(itemsize=4, machine=Machine.cpu()).splitlines()
+    assert sum(line.split()[:1] == [str(r)] for r in range(4) for line in lines) >= 4
+    assert any("Stages of rank 1" in line for line in lines)
+
+
+def test_step_time_is_its_longest_part_and_the_latency() -> None:
+    machine = Machine("m", flops=10.0, bandwidth=2.0, latency=0.5)
+    time = step_time(machine, Work(tiles=1, pairs=1, flops=30, bytes_sent=2, bytes_received=8, guest_rows=1))
+    assert (time.compute, time.exchange, time.total, time.bound) == (3.0, 4.0, 4.5, "exchange")
+    assert step_time(machine, Work(1, 1, 30, 0, 0, 0)).total == 3.0
+
+
+def test_shards_hold_every_row_once() -> None:
+    x = torch.arange(1001)[None, :, None]
+    parts = [on_paper(presets.dense(), 1001, 3, r, layout="zigzag").shard(x) for r in range(3)]
+    assert sorted(torch.cat(parts, 1).flatten().tolist()) == list(range(1001))
+    plan = on_paper(presets.dense(), 1001, 3, 1, layout="zigzag")
+    assert torch.equal(parts[1].flatten(), plan.positions)
+
+
+def test_a_plan_can_share_the_layout_of_another() -> None:
+    first = on_paper(AttentionSpec(Documents((100, 5000, 100, 900))), 6000, 3, layout="balanced")
+    second = on_paper(presets.mistral(50), 6000, 3, layout=first.layout)
+    assert second.segments == first.segments
+    with pytest.raises(ValueError, match="layout is for 6000 tokens"):
+        on_paper(presets.mistral(50), 6001, 3, layout=first.layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "heads is 3, which kv_heads 2 does not divide"),
+        ({"head_dim": 0}, "head_dim is 0; expected a positive"),
+        ({"world_size": 2, "rank": 2}, "rank is 2; expected 0 to 1"),
+        ({"layout": "spiral"}, "layout is 'spiral'; expected one of"),
+        ({"schedule": "spiral"}, "schedule is 'spiral'; expected one of"),
+        ({"block_q": 48, "block_k": 32}, "expected one to divide the other"),
+    ],
+)
+def test_impossible_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(presets.dense(), 100, **SIZES | change)
+    with pytest.raises(ValueError, match="expected an AttentionSpec"):
+        make_plan(Causal(), 100, **SIZES)  # type: ignore[arg-type]
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = on_paper(presets.longformer(50, global_tokens=(0, 900)), 2000, 3).picture(tmp_path / "plan.png")
+    from matplotlib import image
+
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 300 and np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0).shape[0] > 10

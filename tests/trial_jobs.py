@@ -1,0 +1,96 @@
+"""Jobs and child processes for the tests of launching; rank processes import this module by its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distattn.launch.processes import Processes, receive, send
+
+if TYPE_CHECKING:
+    from distattn.conf.schema import Config
+    from distattn.jobs.context import Context
+
+
+def total(config: Config, context: Context) -> dict[str, Any]:
+    """Sum of rank + 1 over all ranks, with the values that a job can see in its report."""
+    import torch
+    import torch.distributed as dist
+
+    x = torch.tensor([context.rank + 1.0], device=context.device)
+    if context.mesh is not None:
+        dist.all_reduce(x, group=context.mesh.get_group())
+    for step in range(3):
+        context.progress("adding", step + 1, 3, sum=x.item())
+    context.log("added")
+    print("printed", flush=True)
+    (context.output_dir / f"rank{context.rank}").touch()
+    x0 = config.job.params.get("x0", 0)  # type: ignore[attr-defined]
+    return {"report": f"sum {x.item() + x0:g} of {context.world_size} in {context.output_dir}"}
+
+
+def exit_code_3(config: Config, context: Context) -> dict[str, Any]:
+    return {"report": "not good enough", "exit_code": 3}
+
+
+def one_raises(config: Config, context: Context) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if context.rank == 1:
+        raise ValueError("rank one is at fault")
+    dist.all_reduce(torch.ones(1))  # fails because of the other, a little later
+
+
+def one_is_killed(config: Config, context: Context) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if context.rank == 1:
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def waits(config: Config, context: Context) -> None:
+    context.log(f"pid {os.getpid()}")
+    time.sleep(1000)
+
+
+# Targets of `Processes`; none of them imports torch.
+
+
+def chats(connection: Connection, argument: int) -> None:
+    print("before", flush=True)
+    send(connection, argument * 2)
+    send(connection, receive(connection) + 1)
+    os.write(1, b"after, without a line end")
+    sys.exit(argument)
+
+
+def sleeps(connection: Connection, argument: str) -> None:
+    """Starts a process of its own, says both pids and waits; "stubborn" does not react to SIGTERM."""
+    if argument == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    other = subprocess.Popen(["sleep", "1000"])
+    send(connection, [os.getpid(), other.pid])
+    time.sleep(1000)
+
+
+def dies(connection: Connection, argument: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_parent() -> None:
+    """Main function of a process that starts a child, writes its pid to the file argv[1], and waits."""
+    environment = dict(os.environ)
+    with Processes("trial_jobs:sleeps", [""], environment) as processes:
+        pids = next(event.value for _, event in processes.poll(60))  # type: ignore[union-attr]
+        Path(sys.argv[1]).write_text(str(pids[0]))
+        time.sleep(1000)
