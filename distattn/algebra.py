@@ -51,9 +51,7 @@ class Pattern(ABC):
     def allows(self, q: ArrayLike, k: ArrayLike) -> Bools:
         """Whether query position q attends to key position k; int64, broadcast against each other."""
 
-    def spans(
-        self, start: ArrayLike, stop: ArrayLike, length: int, grain: int = 1
-    ) -> tuple[Spans, Spans]:
+    def spans(self, start: ArrayLike, stop: ArrayLike, length: int, grain: int = 1) -> tuple[Spans, Spans]:
         """The keys of runs of queries: `(support, full)`, intervals of `[0, length)`, a row for each run.
 
         Run i holds the query positions `start[i] <= q < stop[i]` (int64 [runs], not empty). `support`
@@ -360,9 +358,7 @@ class PerHead(Pattern):
         self._refuse("labels")
 
     def _refuse(self, method: str) -> NoReturn:
-        raise ValueError(
-            f"a PerHead of {self.heads} patterns has no {method} of its own: pick a head with by_head"
-        )
+        raise ValueError(f"a PerHead of {self.heads} patterns has no {method} of its own: pick a head with by_head")
 
     @property
     def heads(self) -> int:

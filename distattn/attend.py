@@ -206,7 +206,9 @@ class _Pass:
         for number, stage in enumerate(stages):
             guests = _rows(slots[number % 2], stage)
 
-            def run(tiles: NDArray[np.int64], stage: Stage = stage, guests: Pages = guests, later: bool = number > 0) -> None:
+            def run(
+                tiles: NDArray[np.int64], stage: Stage = stage, guests: Pages = guests, later: bool = number > 0
+            ) -> None:
                 attention_forward(q, own, guests, stage.table, out, lse, scale=scale, tiles=tiles, resume=later)
 
             alone, with_guests = _split_tiles(stage)
@@ -247,9 +249,7 @@ class _Pass:
         homeward: list[Pending] = []
         if plan.guest_queries is not None:
             homeward.append(
-                self._guest_queries_backward(
-                    plan.guest_queries, guest_q, own, grad_out, lse, delta, dq, d_own, scale
-                )
+                self._guest_queries_backward(plan.guest_queries, guest_q, own, grad_out, lse, delta, dq, d_own, scale)
             )
         for number, stage in enumerate(stages):
             guests = _rows(slots[number % 2], stage)
@@ -352,7 +352,9 @@ class _Pass:
             scale=scale,
         )
         return self.exchange.take_home(
-            queries.transfer, [guest_dq], lambda message, returned: add_rows(dq, message.rows, message.kv_heads, returned[0])
+            queries.transfer,
+            [guest_dq],
+            lambda message, returned: add_rows(dq, message.rows, message.kv_heads, returned[0]),
         )
 
 

@@ -25,7 +25,7 @@ class Machine:
 
     @staticmethod
     def h100() -> Machine:
-        """An H100 of a host with NVLink: 600 TFLOP/s in bf16 tiles, 200 GB/s, 50 microseconds. Assumed, not measured."""
+        """An H100 with NVLink: 600 TFLOP/s in bf16 tiles, 200 GB/s, 50 microseconds. Assumed, not measured."""
         return Machine("H100, NVLink (assumed)", 600e12, 200e9, 50e-6)
 
     @staticmethod

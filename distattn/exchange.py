@@ -211,9 +211,7 @@ def _mine(messages: Sequence[Message], rank: int) -> Message:
     return next(m for m in messages if m.peer == rank)
 
 
-def _by_peer(
-    messages: Sequence[Message], rank: int, pack: Callable[[Message], Tensor]
-) -> dict[int, Tensor]:
+def _by_peer(messages: Sequence[Message], rank: int, pack: Callable[[Message], Tensor]) -> dict[int, Tensor]:
     parts: dict[int, list[Tensor]] = {}
     for message in messages:
         if message.peer != rank:

@@ -48,15 +48,16 @@ def explain(plan: Plan, itemsize: int, machine: Machine) -> str:
     text = [
         f"{plan.spec.tokens!r}" if len(repr(plan.spec.tokens)) < 200 else f"{repr(plan.spec.tokens)[:197]}...",
         f"{plan.seq_len:,} tokens on {plan.world_size:,} ranks, layout {plan.layout.name}, schedule {plan.schedule}, "
-        f"{plan.heads} query and {plan.kv_heads} key/value heads of {plan.head_dim}, tiles of {plan.block_q} x {plan.block_k}",
+        f"{plan.heads} query and {plan.kv_heads} key/value heads of {plan.head_dim}, "
+        f"tiles of {plan.block_q} x {plan.block_k}",
         "",
         *_table(header, rows),
         "",
         f"All ranks: {pairs:,.0f} pairs, {pairs / dense:.4%} of the score matrix; {flops / 1e12:,.3f} TFLOP in visited "
         f"tiles; {sum(w.bytes_sent for w in work) / 1e6:,.1f} MB travel.",
         f"Balance: the busiest rank has {max(w.flops for w in work) / max(mean, 1e-30):.3f} times the mean work.",
-        f"Predicted forward pass, one layer: {worst * 1e3:,.3f} ms on {machine.name}: {machine.flops / 1e12:g} TFLOP/s, "
-        f"{machine.bandwidth / 1e9:g} GB/s, {machine.latency * 1e6:g} us a rank.",
+        f"Predicted forward pass, one layer: {worst * 1e3:,.3f} ms on {machine.name}: "
+        f"{machine.flops / 1e12:g} TFLOP/s, {machine.bandwidth / 1e9:g} GB/s, {machine.latency * 1e6:g} us a rank.",
     ]
     if 1 < plan.world_size <= _STAGES_SHOWN:
         text += ["", *_stages(plan, itemsize)]
@@ -74,7 +75,11 @@ def peak_bytes(plan: Plan, rank: int, work: Work, itemsize: int) -> float:
         guest_rows = min(guest_rows, 2 * int(plan.layout.tokens().max()))
         held += tokens * plan.heads * plan.value_dim * wide
     queries = len(plan.outline.sharing.queries) * plan.heads
-    return held + guest_rows * plan.kv_heads * per_pair + queries * (plan.head_dim * itemsize + (plan.value_dim + 1) * wide)
+    return (
+        held
+        + guest_rows * plan.kv_heads * per_pair
+        + queries * (plan.head_dim * itemsize + (plan.value_dim + 1) * wide)
+    )
 
 
 def _row(name: str, tokens: int, work: Work, memory: float, time: Prediction, plan: Plan) -> tuple[str, ...]:

@@ -73,8 +73,8 @@ def _lengths_before(points: Ints, edges: Ints) -> Ints:
 def draw_plan(plan: Plan, path: str | Path, size: int = 256) -> Path:
     """Writes a PNG: the score matrix with its tiles, and the ranks that own the queries and the keys.
 
-    The whole matrix is drawn in `size` x `size` cells, shaded by the share of pairs that are attended and coloured by the
-    rank that owns the queries; beside it the last query tiles in full detail. Needs matplotlib (the `plot` extra).
+    The whole matrix is drawn in `size` x `size` cells, shaded by the share of pairs that are attended and coloured
+    by the rank that owns the queries; beside it the first tiles in detail. Needs matplotlib (the `plot` extra).
 
     Raises ConfigError if matplotlib is not installed.
     """
@@ -84,13 +84,15 @@ def draw_plan(plan: Plan, path: str | Path, size: int = 256) -> Path:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise ConfigError("pictures need matplotlib, which is not installed; expected the extra distattn[plot]") from error
+        raise ConfigError(
+            "pictures need matplotlib, which is not installed; expected the extra distattn[plot]"
+        ) from error
     path = Path(path)
     pattern = plan.spec.tokens.by_head(plan.heads)[0]
     colours = np.array(matplotlib.colormaps["tab10"](np.arange(plan.world_size) % 10))[:, :3]
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.6), layout="constrained")
     detail = min(plan.seq_len, 24 * plan.block_q)
-    views = ((0, plan.seq_len, "the whole sequence"), (plan.seq_len - detail, plan.seq_len, "its end, with tiles"))
+    views = ((0, plan.seq_len, "the whole sequence"), (0, detail, "its beginning, with tiles"))
     for axis, (first, last, title) in zip(axes, views, strict=True):
         edges = np.unique(np.linspace(first, last, size + 1).astype(np.int64))
         share = _shares(pattern, edges, first, last)
@@ -108,8 +110,8 @@ def draw_plan(plan: Plan, path: str | Path, size: int = 256) -> Path:
             if low < high:
                 axis.add_patch(plt.Rectangle((low, last), high - low, band, color=colours[rank], clip_on=False))
                 axis.add_patch(plt.Rectangle((first - band, low), band, high - low, color=colours[rank], clip_on=False))
-    axes[1].set_xticks(np.arange(plan.seq_len - detail, plan.seq_len, plan.block_k), minor=True)
-    axes[1].set_yticks(np.arange(plan.seq_len - detail, plan.seq_len, plan.block_q), minor=True)
+    axes[1].set_xticks(np.arange(0, detail, plan.block_k), minor=True)
+    axes[1].set_yticks(np.arange(0, detail, plan.block_q), minor=True)
     axes[1].grid(which="minor", color="0.85", linewidth=0.4)
     for axis in axes:
         axis.ticklabel_format(style="plain")

@@ -4,11 +4,11 @@ Planning is pure. It needs no process group, so that a laptop can plan for a tho
 sequence, so that all ranks come to the same answer without talking.
 
 A rank runs a plan in stages. A stage brings pages of other ranks into the arena's guest buffer and then runs the query
-tiles that need them. Schedule ``direct`` has one stage: every guest page lies in the arena at once, and each query tile
-runs once. Schedule ``ring`` has as many stages as ranks: in stage s the rank holds what it needs of rank - s, in one of two
-slots, while the next stage's pages travel; its output is kept in float32 between stages. Only pages that some query of
-the receiver visits travel, in either. (Ring attention as published forwards whole shards from neighbour to neighbour.
-Fetching from the owner moves no more, and for causal attention half.)
+tiles that need them. Schedule ``direct`` has one stage: every guest page lies in the arena at once, and each query
+tile runs once. Schedule ``ring`` has as many stages as ranks: in stage s the rank holds what it needs of rank - s, in
+one of two slots, while the next stage's pages travel; its output is kept in float32 between stages. Only pages that
+some query of the receiver visits travel, in either. (Ring attention as published forwards whole shards from neighbour
+to neighbour. Fetching from the owner moves no more, and for causal attention half.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ SCHEDULES = ("direct", "ring")
 MAX_DIRECT_GUESTS = 2.0
 _NONE = np.zeros(0, np.int64)
 
-# A custom operator takes tensors, numbers and text, so it finds its plan here by name. Plans live as long as their users.
+# A custom operator takes tensors, numbers and text, so it finds its plan here by name. Plans live as long as they
+# are used.
 plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 
 
@@ -263,8 +264,8 @@ def make_plan(
     Args:
         heads, kv_heads: query heads, and key/value heads that divide them (default: as many).
         head_dim, value_dim: of queries and keys, and of values (default: the same).
-        mesh: a one-dimensional DeviceMesh, the ranks that share the sequence. None: one rank, or with ``world_size`` and
-            ``rank`` a plan on paper, which explains but does not run.
+        mesh: a one-dimensional DeviceMesh, the ranks that share the sequence. None: one rank, or with ``world_size``
+            and ``rank`` a plan on paper, which explains but does not run.
         layout: who owns which tokens: one of ``layout.LAYOUTS``, or auto: the cheapest by the cost model; or the layout
             of another plan, which this one must share if the same tensors go through both.
         schedule: direct, ring, or auto: direct where the guest pages fit (see MAX_DIRECT_GUESTS).
@@ -307,8 +308,8 @@ def make_plan(
         unit = max(block_q, block_k)
         if (layout.seq_len, layout.world_size) != (seq_len, numbers["world_size"]) or layout.unit % unit:
             raise ConfigError(
-                f"layout is for {layout.seq_len} tokens on {layout.world_size} ranks in units of {layout.unit}; expected "
-                f"{seq_len} on {numbers['world_size']} in a multiple of {unit}"
+                f"layout is for {layout.seq_len} tokens on {layout.world_size} ranks in units of "
+                f"{layout.unit}; expected {seq_len} on {numbers['world_size']} in a multiple of {unit}"
             )
     elif layout not in (*LAYOUTS, "auto"):
         raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}, auto, or a Layout")
@@ -360,9 +361,7 @@ def _plan(
 
 
 @lru_cache(maxsize=16)
-def make_outline(
-    patterns: tuple[Pattern, ...], length: int, blocks: tuple[int, int], world_size: int
-) -> Outline:
+def make_outline(patterns: tuple[Pattern, ...], length: int, blocks: tuple[int, int], world_size: int) -> Outline:
     """Sorts the tiles of the whole sequence, for every distinct pattern among the heads."""
     sharing = find_sharing(patterns, length, blocks, world_size)
     distinct = list(dict.fromkeys(patterns))
@@ -534,7 +533,9 @@ class _ArenaBuilder:
             return (self._stage(everyone, own=True, shared=shared, bulk=True),)
         first = self._stage([], own=True, shared=shared, bulk=False)
         # In stage s this rank receives from the one s before it, and sends to the one s after it.
-        rest = [self._stage([(self.rank - s) % self.world_size], False, None, False, s) for s in range(1, self.world_size)]
+        rest = [
+            self._stage([(self.rank - s) % self.world_size], False, None, False, s) for s in range(1, self.world_size)
+        ]
         return (first, *rest)
 
     def guest_queries(self) -> GuestQueries | None:

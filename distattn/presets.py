@@ -42,9 +42,7 @@ def mistral(window: int) -> AttentionSpec:
     return AttentionSpec(SlidingWindow(as_int("window", window, 1) - 1, 0))
 
 
-def longformer(
-    reach: int, dilation: int = 1, global_tokens: Iterable[int] = (), causal: bool = False
-) -> AttentionSpec:
+def longformer(reach: int, dilation: int = 1, global_tokens: Iterable[int] = (), causal: bool = False) -> AttentionSpec:
     """Dilated sliding window and global tokens (Beltagy et al., "Longformer", 2020, section 3.1).
 
     A query attends to `q + j * dilation` for `-reach <= j <= reach` and to the global tokens, which attend to

@@ -1,9 +1,10 @@
 """Keys that nearly every query visits, and queries that visit nearly every key.
 
-Left among the others, a global key costs every query tile a whole page, and a global query makes its rank fetch the whole
-sequence. So planning takes both out of the pattern: global keys are gathered into pages of their own, and global queries
-travel to the keys ("guest queries"). What remains is a pattern over the other keys and queries. The result does not depend
-on what is taken out, since the parts are disjoint and together are the pattern: this is a matter of cost alone.
+Left among the others, a global key costs every query tile a whole page, and a global query makes its rank fetch the
+whole sequence. So planning takes both out of the pattern: global keys are gathered into pages of their own, and
+global queries travel to the keys ("guest queries"). What remains is a pattern over the other keys and queries. The
+result does not depend on what is taken out, since the parts are disjoint and together are the pattern: this is a
+matter of cost alone.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ class Sharing:
     whole: tuple[Pattern, ...]
 
 
-def find_sharing(
-    patterns: Sequence[Pattern], length: int, blocks: tuple[int, int], world_size: int
-) -> Sharing:
+def find_sharing(patterns: Sequence[Pattern], length: int, blocks: tuple[int, int], world_size: int) -> Sharing:
     """Chooses the global keys and queries of the heads' patterns."""
     distinct = tuple(dict.fromkeys(patterns))
     keys = _union(
@@ -110,9 +109,7 @@ def _worth(columns: Ints, length: int, block: int, world_size: int) -> bool:
     return pages >= 2 * packed or (world_size > 2 and few)
 
 
-def _far_rows(
-    patterns: Sequence[Pattern], rows: Ints, length: int, blocks: tuple[int, int], world_size: int
-) -> Ints:
+def _far_rows(patterns: Sequence[Pattern], rows: Ints, length: int, blocks: tuple[int, int], world_size: int) -> Ints:
     """The rows that reach pages which their neighbours, without the GlobalQueries leaf, would not."""
     if len(rows) == 0:
         return rows

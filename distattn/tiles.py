@@ -105,8 +105,12 @@ class Axis:
         start, stop = keys.start, keys.stop
         if self.first is None:
             start, stop = np.searchsorted(self._gathered, start), np.searchsorted(self._gathered, stop)
+            touches_end = stop == len(self._gathered)
         if whole:
             start, stop = -(-start // self.block), stop // self.block
+            if self.first is None:
+                # A short last block is whole when all that it holds is.
+                stop = np.where(touches_end, self.blocks, stop)
         else:
             start, stop = start // self.block, np.where(stop > start, -(-stop // self.block), start // self.block)
         return sp.from_sorted(keys.row_of(), start, stop, keys.rows)
@@ -178,32 +182,34 @@ class Visits:
 def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
     """Sorts the tiles of queries x keys into EMPTY, PARTIAL and FULL, exactly."""
     support, full = queries.bounds(pattern, keys.block)
-    candidates, full = keys.pages(support, whole=False), keys.pages(full, whole=True)
+    candidates, covered = keys.pages(support, whole=False), keys.pages(full, whole=True)
     odd_row, odd_page = queries.irregular() & _skips(queries), keys.irregular()
-    full = _without(full, odd_row, odd_page)
+    full = _without(covered, odd_row, odd_page)
     rest = difference(candidates, full, keys.blocks)
     count = rest.stop - rest.start
     row, page = np.repeat(rest.row_of(), count), sp.concat_ranges(rest.start, count)
 
     if queries.first is not None and keys.first is not None:
         label = pattern.labels(queries.first[row], keys.first[page], queries.block, keys.block)
-        kept = label != 0
-        if not kept.all():
-            row, page, label = row[kept], page[kept], label[kept]
-        whole = label == 1
-        if odd_row.any() or odd_page.any():
-            odd = odd_row[row] | odd_page[page]
-            whole &= ~odd
-            # An irregular block's mask is its own: tell such tiles apart by their blocks.
-            _, label = np.unique(label, return_inverse=True)
-            which = np.where(odd_row[row], row, -1) * (keys.blocks + 1) + np.where(odd_page[page], page, -1)
-            _, which = np.unique(which, return_inverse=True)
-            label = label * (int(which.max(initial=0)) + 1) + which
+    else:
+        # Among gathered positions a pattern has no labels: tiles are alike where all is allowed, and else their own.
+        label = np.where(_inside(covered, row, page), 1, np.arange(2, len(row) + 2))
+    kept = label != 0
+    if not kept.all():
+        row, page, label = row[kept], page[kept], label[kept]
+    whole = label == 1
+    odd = odd_row[row] | odd_page[page]
+    if odd.any():
+        whole &= ~odd
+        # An irregular block's mask is its own: tell such tiles apart by their blocks.
+        _, label = np.unique(label, return_inverse=True)
+        which = np.where(odd_row[row], row, -1) * (keys.blocks + 1) + np.where(odd_page[page], page, -1)
+        _, which = np.unique(which, return_inverse=True)
+        label = label * (int(which.max(initial=0)) + 1) + which
+    if whole.any():
         full = _add_pages(full, row[whole], page[whole])
         row, page, label = row[~whole], page[~whole], label[~whole]
-        _, sample, mask = np.unique(label, return_index=True, return_inverse=True)
-    else:
-        sample = mask = np.arange(len(row))
+    _, sample, mask = np.unique(label, return_index=True, return_inverse=True)
 
     masks = _bit_masks(pattern, queries, keys, row[sample], page[sample])
     allowed = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64)
@@ -244,6 +250,17 @@ def _without(full: Spans, odd_row: NDArray[np.bool_], odd_page: NDArray[np.bool_
     return sp.from_sorted(row, start, stop, full.rows)
 
 
+def _inside(spans: Spans, row: Ints, page: Ints) -> NDArray[np.bool_]:
+    """Whether each page lies in an interval of its row."""
+    if len(spans.start) == 0:
+        return np.zeros(len(row), np.bool_)
+    line = max(int(spans.stop.max()), int(page.max(initial=0))) + 1
+    of = spans.row_of() * line
+    at = np.searchsorted(of + spans.start, row * line + page, side="right") - 1
+    found: NDArray[np.bool_] = (at >= 0) & (row * line + page < (of + spans.stop)[np.maximum(at, 0)])
+    return found
+
+
 def _add_pages(full: Spans, row: Ints, page: Ints) -> Spans:
     """FULL intervals and single pages together."""
     if len(row) == 0:
@@ -278,25 +295,25 @@ def _bit_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Int
     return out
 
 
-def _interval_masks(
-    pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints
-) -> NDArray[np.uint32] | None:
+def _interval_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.uint32] | None:
     """The same where each query row attends to one interval of keys, without looking at pairs."""
     assert queries.first is not None and keys.first is not None
-    q = queries.first[row][:, None] + np.arange(queries.block)
-    intervals = pattern.row_interval(q.ravel())
+    # Many masks share a query tile: its rows are looked up once.
+    tiles, tile = np.unique(row, return_inverse=True)
+    intervals = pattern.row_interval((queries.first[tiles][:, None] + np.arange(queries.block)).ravel())
     if intervals is None:
         return None
-    k0 = keys.first[page]
-    high = np.minimum(keys.block, keys.length - k0)[:, None]
-    start = np.clip(intervals[0].reshape(q.shape) - k0[:, None], 0, high)
-    stop = np.clip(intervals[1].reshape(q.shape) - k0[:, None], start, high)
-    below = np.tril(np.ones((keys.block + 1, keys.block), np.bool_), -1)
-    below_bits = np.zeros((keys.block + 1, -(-keys.block // 32) * 4), np.uint8)
-    packed = np.packbits(below, axis=-1, bitorder="little")
-    below_bits[:, : packed.shape[-1]] = packed
-    lookup = below_bits.view(np.uint32)
-    return lookup[stop] & ~lookup[start]
+    low, high = (np.minimum(x, queries.length).astype(np.int32).reshape(len(tiles), queries.block) for x in intervals)
+    k0 = keys.first[page].astype(np.int32)[:, None]
+    width = np.minimum(keys.block, queries.length - k0)
+    start = np.clip(low[tile] - k0, 0, width)
+    stop = np.clip(high[tile] - k0, start, width)
+    # Row n of the lookup has its n lowest bits set; what lies between two of them is their difference.
+    below = np.packbits(np.tri(keys.block + 1, -(-keys.block // 32) * 32, -1, np.bool_), axis=-1, bitorder="little")
+    lookup = below.view(np.dtype((np.void, below.shape[1]))).ravel()
+    bits = lookup.take(stop).view(np.uint32).reshape(*stop.shape, -1)
+    bits ^= lookup.take(start).view(np.uint32).reshape(bits.shape)
+    return bits
 
 
 def unique_masks(masks: NDArray[np.uint32], mask: Ints) -> tuple[NDArray[np.uint32], Ints]:
@@ -305,13 +322,18 @@ def unique_masks(masks: NDArray[np.uint32], mask: Ints) -> tuple[NDArray[np.uint
     used[mask] = True
     flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
     # A hash finds the candidates; only true equality merges them.
-    weights = np.random.default_rng(0).integers(1, 1 << 63, flat.shape[1], dtype=np.uint64) | np.uint64(1)
-    code = np.einsum("mw,w->m", flat, weights)
+    wide = flat.view(np.uint64) if flat.shape[1] % 2 == 0 else flat
+    weights = np.random.default_rng(0).integers(1, 1 << 63, wide.shape[1], dtype=np.uint64) | np.uint64(1)
+    code = (wide * weights).sum(axis=1, dtype=np.uint64) if len(wide) < 64 else np.einsum("mw,w->m", wide, weights)
     _, sample, index = np.unique(np.where(used, code, np.uint64(0)), return_index=True, return_inverse=True)
-    same = (flat == flat[sample[index]]).all(axis=1)
-    target = np.where(same, sample[index], np.arange(len(masks)))
-    used_targets = np.unique(target[used])
-    return masks[used_targets], np.searchsorted(used_targets, target[mask])
+    target = np.arange(len(masks))
+    twins = np.flatnonzero(sample[index] != target)
+    same = (flat[twins] == flat[sample[index[twins]]]).all(axis=1)
+    target[twins[same]] = sample[index[twins[same]]]
+    kept = np.unique(target[used])
+    if len(kept) == len(masks):
+        return masks, mask
+    return masks[kept], np.searchsorted(kept, target[mask])
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,9 +402,9 @@ def assemble(
     rows = len(parts) * tiles
     full_ptr, full_first, full_count = _by_row(runs, rows)
     part_ptr, part_page, part_mask = _by_row(partial, rows)
-    words = -(-blocks[1] // 32)
-    every = np.concatenate(masks) if masks else np.zeros((0, blocks[0], words), np.uint32)
-    every, part_mask = unique_masks(every, part_mask)
+    every = np.concatenate(masks) if len(masks) != 1 else masks[0]
+    if len(masks) != 1 or len(part_mask) != len(parts[0][0][0].mask):
+        every, part_mask = unique_masks(every, part_mask)
     return TileTable(
         block_q=blocks[0],
         block_k=blocks[1],
@@ -477,4 +499,3 @@ def _rows(spans: Spans, rows: Ints) -> tuple[Ints, Ints]:
     kept = chosen[spans.row_of()]
     count = (spans.stop - spans.start)[kept]
     return np.repeat(spans.row_of()[kept], count), sp.concat_ranges(spans.start[kept], count)
-

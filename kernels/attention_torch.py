@@ -124,9 +124,13 @@ def backward(
                 weights = torch.bmm(rows[here], k.mT)
                 _mask(weights, table, masks, group)
                 weights.sub_(row_lse[here]).exp_()
-                dv_pages.add(page_index, torch.bmm(weights.mT, grads[here]).unflatten(1, (-1, table.block_k)).flatten(0, 1))
+                dv_pages.add(
+                    page_index, torch.bmm(weights.mT, grads[here]).unflatten(1, (-1, table.block_k)).flatten(0, 1)
+                )
                 d_scores = torch.bmm(grads[here], v.mT).sub_(row_delta[here]).mul_(weights)
-                dk_pages.add(page_index, torch.bmm(d_scores.mT, rows[here]).unflatten(1, (-1, table.block_k)).flatten(0, 1))
+                dk_pages.add(
+                    page_index, torch.bmm(d_scores.mT, rows[here]).unflatten(1, (-1, table.block_k)).flatten(0, 1)
+                )
                 d_rows[here] = torch.baddbmm(d_rows[here], d_scores, k)
             dq_tiles.add(at, d_rows.mul_(scale).view(len(batch), table.block_q, group, -1))
         dq_tiles.finish()

@@ -21,9 +21,7 @@ def choose_device(wanted: str) -> Device:
             return "cuda" if gpus else "cpu"
         case "cuda":
             if not gpus:
-                raise ConfigError(
-                    "launcher.device is 'cuda', but PyTorch finds no CUDA device on this machine"
-                )
+                raise ConfigError("launcher.device is 'cuda', but PyTorch finds no CUDA device on this machine")
             return "cuda"
         case "cpu":
             return "cpu"

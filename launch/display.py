@@ -50,13 +50,13 @@ class Display:
         """See `Context.progress`."""
         text = "  ".join(f"{key}={value}" for key, value in info.items())
         if self._bars:
-            known = self._tasks.get(rank)
-            if known is None or known[0] != stage:
-                if known:
-                    self._bars.remove_task(known[1])
-                task = self._bars.add_task(stage, total=total, rank=rank, info=text)
-                self._tasks[rank] = known = (stage, task)
-            self._bars.update(known[1], completed=done, total=total, info=text)
+            if rank not in self._tasks:
+                self._tasks[rank] = stage, self._bars.add_task(stage, total=total, rank=rank, info=text)
+            before, task = self._tasks[rank]
+            if stage != before:
+                self._tasks[rank] = stage, task
+                self._bars.reset(task, description=stage)
+            self._bars.update(task, completed=done, total=total, info=text)
         elif rank == 0:
             now = time.monotonic()
             if done >= total or now - self._last_line >= _SECONDS_BETWEEN_LINES:

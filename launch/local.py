@@ -131,9 +131,9 @@ def launch(config: Config, device: Device, world_size: int, output_dir: Path) ->
     if world_size > 1:  # this process hosts it on a port of the system's choice: no two commands can collide
         store = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
     seats = [
-        Seat(config, rank, world_size, device, store and store.port, output_dir) for rank in range(world_size)
+        Seat(config, rank, world_size, device, store.port if store else None, output_dir) for rank in range(world_size)
     ]
-    with _ending_on_signals(), Display() as display:
+    with ending_on_signals(), Display() as display:
         with Processes(
             "distattn.launch.local:be_rank", seats, rank_environment(), stop_timeout=launcher.stop_timeout
         ) as ranks:
@@ -222,7 +222,7 @@ def _print_failures(failures: list[Failure], world_size: int) -> None:
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP become SystemExit, so that all is tidied up; the exit code is 128 + the signal."""
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -243,9 +243,7 @@ def rank_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _SET_BY_TORCHRUN and not name.startswith("TORCHELASTIC_")
     }
-    env.setdefault(
-        "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
-    )  # never a name to resolve
+    env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # never a name to resolve
     return env
 
 

@@ -80,8 +80,8 @@ class Processes:
     ) -> None:
         self._stop_timeout = stop_timeout
         self._children: list[_Child] = []
-        start = {"path": [*(sys.path if path is None else path)], "target": target, "parent": os.getpid()}
-        start["path"] = [entry or os.getcwd() for entry in start["path"]]
+        search = [entry or os.getcwd() for entry in (sys.path if path is None else path)]
+        start = {"path": search, "target": target, "parent": os.getpid()}
         try:
             for number in range(len(arguments)):
                 self._children.append(_Child(start, dict(env), f"{label} {number}"))
@@ -121,10 +121,8 @@ class Processes:
             # tell.
             sources = [source for child in self._children for source in child.sources()]
             pause = max(0.0, min(0.1, deadline - time.monotonic()))
-            ready = wait(sources, pause) if sources else time.sleep(pause)
-            found = [
-                (n, event) for n, child in enumerate(self._children) for event in child.events(ready or [])
-            ]
+            ready = wait(sources, pause)
+            found = [(n, event) for n, child in enumerate(self._children) for event in child.events(ready)]
             if found or time.monotonic() >= deadline:
                 return found
 
@@ -142,9 +140,7 @@ class Processes:
         try:
             for child in self._children:
                 child.signal(signal.SIGTERM)
-            while (
-                any(child.process.poll() is None for child in self._children) and time.monotonic() < deadline
-            ):
+            while any(child.process.poll() is None for child in self._children) and time.monotonic() < deadline:
                 time.sleep(0.02)
         finally:
             for child in self._children:

@@ -91,7 +91,7 @@ def _run(composed: DictConfig) -> int:
         return local.launch(config, device, world_size, output_dir)
     check_ranks(config, torchrun.count_ranks(device))
     job.check(config)
-    number = OmegaConf.select(hydra_config, "job.num", throw_on_missing=False) or 0
+    number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
     return torchrun.launch(config, job, device, output_dir, number)
 
 

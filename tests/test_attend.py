@@ -47,9 +47,7 @@ PATTERNS: dict[str, Pattern] = {
     "band": DistanceBand(10, 50),  # nor do the first rows
     "block_sparse": BlockSparse((0, 2, 2, 5), (0, 3, 1, 2, 5), 24),
     "not_causal": ~Causal(),
-    "per_head": PerHead(
-        (Causal(), SlidingWindow(10, 0), SlidingWindow(4, 4) | GlobalTokens([9, 50, 130]), Dense())
-    ),
+    "per_head": PerHead((Causal(), SlidingWindow(10, 0), SlidingWindow(4, 4) | GlobalTokens([9, 50, 130]), Dense())),
 }
 SPECS: dict[str, AttentionSpec] = {
     **{name: AttentionSpec(pattern) for name, pattern in PATTERNS.items()},
@@ -131,7 +129,13 @@ def inputs_of(case: Case) -> list[torch.Tensor]:
     """q, k, v, and the weights of out and lse in the loss."""
     generator = torch.Generator().manual_seed(len(case.spec) + case.length)
     (heads, kv_heads), dim, n = case.heads, case.head_dim, case.length
-    shapes = [(2, n, heads, dim), (2, n, kv_heads, dim), (2, n, kv_heads, dim // 2), (2, n, heads, dim // 2), (2, n, heads)]
+    shapes = [
+        (2, n, heads, dim),
+        (2, n, kv_heads, dim),
+        (2, n, kv_heads, dim // 2),
+        (2, n, heads, dim // 2),
+        (2, n, heads),
+    ]
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
@@ -204,7 +208,9 @@ def test_six_query_heads_a_key_head(ranks: RankPool, group: tuple[int, int]) -> 
 
 
 def window_bytes(context: Context, length: int) -> tuple[int, int]:
-    plan = make_plan(presets.mistral(33), length, heads=2, kv_heads=1, head_dim=32, mesh=context.mesh, block_q=16, block_k=16)
+    plan = make_plan(
+        presets.mistral(33), length, heads=2, kv_heads=1, head_dim=32, mesh=context.mesh, block_q=16, block_k=16
+    )
     start = sent.total
     q, k, v = (torch.ones(1, plan.tokens, heads, 32) for heads in (2, 1, 1))
     attend(q, k, v, plan)
@@ -305,7 +311,9 @@ def test_many_pages_are_visited_in_steps() -> None:
     ours = attend(q, k, v, plan)
     assert reference.max_error(ours, out) < 1e-5
     for x, y in zip(
-        torch.autograd.grad(ours.square().sum(), (q, k, v)), torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True
+        torch.autograd.grad(ours.square().sum(), (q, k, v)),
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        strict=True,
     ):
         assert reference.max_error(x, y) < 1e-5
 

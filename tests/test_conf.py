@@ -74,9 +74,7 @@ def test_models_have_the_fields_of_the_decoder() -> None:
             assert (decoder.layers, decoder.width, decoder.heads, decoder.head_dim) == (2, 256, 4, 64)
 
 
-@pytest.mark.parametrize(
-    ("length", "part", "expected"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 4, [3]), (0, 4, [])]
-)
+@pytest.mark.parametrize(("length", "part", "expected"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 4, [3]), (0, 4, [])])
 def test_equal_parts(length: int, part: int, expected: list[int]) -> None:
     assert schema.equal_parts(length, part) == expected
 
@@ -170,9 +168,7 @@ def paper_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["job=custom", "job.name=paper_job:run", "output_dir=out"]
 
 
-def test_a_job_on_paper(
-    command: Callable[..., tuple[object, str, str]], paper_job: list[str], tmp_path: Path
-) -> None:
+def test_a_job_on_paper(command: Callable[..., tuple[object, str, str]], paper_job: list[str], tmp_path: Path) -> None:
     code, out, err = command(*paper_job, "cluster.world_size=1024")
     assert (code, err) == (0, "")
     assert out.splitlines() == ["[rank 0] working", f"1024 ranks, {tmp_path / 'out'}"]

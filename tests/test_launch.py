@@ -169,6 +169,18 @@ def test_ranks_do_not_see_an_earlier_torchrun(monkeypatch: pytest.MonkeyPatch) -
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & environment.keys()
 
 
+def test_being_asked_to_end_is_tidied_up() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    tidied = False
+    with pytest.raises(SystemExit) as end, local.ending_on_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            tidied = True
+    assert (end.value.code, tidied) == (128 + signal.SIGTERM, True)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # The local launcher, in this process
 
 
@@ -193,9 +205,7 @@ def test_local_ranks_and_their_report(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0", "rank1"]
 
 
-def test_one_rank_needs_no_process_group(
-    launch: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_rank_needs_no_process_group(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch("exit_code_3", world_size=1) == 3
     assert capfd.readouterr().out.splitlines()[-1] == "not good enough"
 
@@ -216,9 +226,7 @@ def test_a_killed_rank_is_the_cause(launch: Callable[..., int], capfd: pytest.Ca
     assert err[2] == "    last words"
 
 
-def test_a_rank_that_does_not_start_in_time(
-    launch: Callable[..., int], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_that_does_not_start_in_time(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch("total", "launcher.start_timeout=0.001") == 1
     assert "rank 0 of 2 did not start within 0.001 s" in capfd.readouterr().err
 
@@ -319,9 +327,7 @@ def test_no_rank_outlives_a_killed_command(waiting: tuple[subprocess.Popen[str],
 # The pool that other tests use
 
 
-def scaled_sum(
-    context: Context, x: torch.Tensor, factor: float = 1.0
-) -> tuple[int, torch.Tensor, np.ndarray]:
+def scaled_sum(context: Context, x: torch.Tensor, factor: float = 1.0) -> tuple[int, torch.Tensor, np.ndarray]:
     x = x * (context.rank + 1)
     if context.mesh is not None:
         assert context.mesh.size() == context.world_size

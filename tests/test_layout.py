@@ -23,7 +23,9 @@ def test_every_token_has_one_owner_and_shares_are_equal(name: str, size: tuple[i
     assert tokens.sum() == length
     # The end of the sequence may cut a unit short.
     assert tokens.max() - tokens.min() < 2 * unit
-    np.testing.assert_array_equal(np.repeat(layout.owner, layout.stop - layout.start), layout.owner_of(np.arange(length)))
+    np.testing.assert_array_equal(
+        np.repeat(layout.owner, layout.stop - layout.start), layout.owner_of(np.arange(length))
+    )
     for rank in range(world_size):
         assert sum(stop - start for start, stop in layout.segments(rank)) == tokens[rank]
 

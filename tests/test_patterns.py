@@ -118,7 +118,7 @@ def by_run(reduce: Callable[..., Masks], mask: Masks, start: Ints, stop: Ints) -
     return np.stack([reduce(mask[a:b], axis=0) for a, b in zip(start, stop, strict=True)])
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=70)
 @given(trees, runs(), st.integers(1, 20))
 def test_support_and_full_bound_the_mask(pattern: Pattern, where: tuple[Ints, Ints, int], grain: int) -> None:
     start, stop, length = where
@@ -128,7 +128,7 @@ def test_support_and_full_bound_the_mask(pattern: Pattern, where: tuple[Ints, In
     assert not (full & ~by_run(np.all, mask, start, stop)).any()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(trees, st.integers(1, 48))
 def test_single_queries_are_exact(pattern: Pattern, length: int) -> None:
     mask = mask_of(pattern, length)
@@ -137,7 +137,7 @@ def test_single_queries_are_exact(pattern: Pattern, length: int) -> None:
         np.testing.assert_array_equal(to_masks(spans, length), mask)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=70)
 @given(leaves, runs(), st.integers(1, 20))
 def test_leaves_are_as_tight_as_promised(leaf: Pattern, where: tuple[Ints, Ints, int], grain: int) -> None:
     start, stop, length = where
@@ -190,13 +190,13 @@ def check_labels(pattern: Pattern, where: tuple[Ints, Ints, int, int]) -> tuple[
     return labels, masks
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(trees, tiles())
 def test_equal_labels_mean_equal_masks(pattern: Pattern, where: tuple[Ints, Ints, int, int]) -> None:
     check_labels(pattern, where)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(leaves, tiles())
 def test_labels_of_leaves_know_empty_and_full(leaf: Pattern, where: tuple[Ints, Ints, int, int]) -> None:
     labels, masks = check_labels(leaf, where)
@@ -227,7 +227,7 @@ def test_masks_are_shared_along_a_sequence(pattern: Pattern, most: int) -> None:
     assert pattern.labels(q0, k0, 16, 16).max() <= 1 + most
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(trees, st.integers(1, 48))
 def test_row_interval(pattern: Pattern, length: int) -> None:
     for q in (np.arange(length), np.arange(length)[::-1], np.arange(length)[:: length // 2 + 1]):
@@ -255,7 +255,7 @@ def test_and_of_intervals_is_an_interval() -> None:
     assert (Causal() | Documents([3])).row_interval(np.arange(3)) is None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(trees)
 def test_repr_builds_an_equal_pattern(pattern: Pattern) -> None:
     again = eval(repr(pattern), vars(all_patterns).copy())
@@ -294,7 +294,7 @@ def test_combined_with_everything_and_nothing(pattern: Pattern, length: int) -> 
     assert not mask_of(nothing, length).any()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(trees, st.integers(1, 40))
 def test_map_leaves(pattern: Pattern, length: int) -> None:
     np.testing.assert_array_equal(
@@ -325,7 +325,7 @@ def test_map_leaves_drops_what_becomes_constant() -> None:
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(leaves, st.integers(1, 60))
 def test_columns_and_rows_that_all_share(leaf: Pattern, length: int) -> None:
     mask = mask_of(leaf, length)

@@ -64,7 +64,7 @@ def test_work_on_paper_agrees_with_the_plan_of_each_rank() -> None:
 
 
 def test_heads_with_other_patterns_fetch_other_pages() -> None:
-    plan = on_paper(presets.spattention(4, 8192), 8192, 4, rank=3, kv_heads=4)
+    plan = on_paper(presets.spattention(4, 8192), 8192, 4, rank=3, kv_heads=4, layout="contiguous")
     rows = [m.count for t in plan.stages[0].transfers for m in t.receives if m.kv_heads == (0,)]
     far = [m.count for t in plan.stages[0].transfers for m in t.receives if m.kv_heads == (3,)]
     # Head 0 looks at most 2,048 tokens back, into its neighbour; head 3 at least 6,144.
@@ -93,7 +93,11 @@ def test_a_thousand_ranks_and_a_hundred_million_tokens_are_explained() -> None:
 
 
 def test_explain_lists_ranks_and_stages() -> None:
-    lines = on_paper(presets.dense(), 4096, 4, rank=1, schedule="ring").explain(itemsize=4, machine=Machine.cpu()).splitlines()
+    lines = (
+        on_paper(presets.dense(), 4096, 4, rank=1, schedule="ring")
+        .explain(itemsize=4, machine=Machine.cpu())
+        .splitlines()
+    )
     assert sum(line.split()[:1] == [str(r)] for r in range(4) for line in lines) >= 4
     assert any("Stages of rank 1" in line for line in lines)
 

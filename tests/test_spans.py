@@ -50,7 +50,7 @@ def _masks(draw: st.DrawFn, shape: tuple[int, int], kind: str) -> Masks:
     return (at >= ends[:, :1]) & (at < ends[:, 1:])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(pairs_of_masks())
 def test_set_operations(masks: tuple[Masks, Masks]) -> None:
     a, b = masks
@@ -60,7 +60,7 @@ def test_set_operations(masks: tuple[Masks, Masks]) -> None:
     assert_equal(sp.complement(spans_a, a.shape[1]), from_masks(~a))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(pairs_of_masks(), st.integers(1, 6))
 def test_close_gaps_and_drop_short(masks: tuple[Masks, Masks], grain: int) -> None:
     spans = from_masks(masks[0])
@@ -78,7 +78,7 @@ def test_close_gaps_and_drop_short(masks: tuple[Masks, Masks], grain: int) -> No
     assert_equal(sp.drop_short(spans, grain), from_masks(long))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 5))))
 def test_from_sorted_joins_what_overlaps(intervals: list[tuple[int, int, int]]) -> None:
     intervals.sort()

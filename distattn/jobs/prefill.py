@@ -169,7 +169,9 @@ class _Checker:
             rows, torch.from_numpy(self.positions), k, v, plan.spec.tokens, key_positions=plan.positions
         )
         ranks = [1] * plan.world_size
-        parts = list(zip(_gather(part, ranks, plan, split=True), _gather(part_lse, ranks, plan, split=True), strict=True))
+        parts = list(
+            zip(_gather(part, ranks, plan, split=True), _gather(part_lse, ranks, plan, split=True), strict=True)
+        )
         expected, _ = reference.merge(parts)
         self.errors.append(reference.max_error(got, expected))
         self.context.progress("prefill", layer + 1, len(self.plans) + 1)
@@ -246,12 +248,14 @@ def _text(r: dict[str, Any], folder: Path) -> str:
         ("speed", f"{r['tokens_per_second']:,.0f} tokens/s, {r['seconds']:.1f} s"),
         (
             "attended",
-            f"{r['share_of_score_matrix']:.4%} of the score matrix, {r['share_of_causal_pairs']:.4%} of its causal half",
+            f"{r['share_of_score_matrix']:.4%} of the score matrix, "
+            f"{r['share_of_causal_pairs']:.4%} of its causal half",
         ),
         (
             "attention FLOPs",
-            f"{r['attention_flops']:.3g} (in visited tiles {r['visited_tile_flops']:.3g}), dense causal "
-            f"{r['dense_causal_flops']:.3g}: {r['dense_causal_flops'] / max(r['visited_tile_flops'], 1):,.0f} times more",
+            f"{r['attention_flops']:.3g} (in visited tiles {r['visited_tile_flops']:.3g}), "
+            f"dense causal {r['dense_causal_flops']:.3g}: "
+            f"{r['dense_causal_flops'] / max(r['visited_tile_flops'], 1):,.0f} times more",
         ),
         ("MB planned / sent", ", ".join(f"rank {i}: {x}" for i, x in enumerate(by_rank))),
         ("peak memory", ", ".join(f"rank {i}: {x / 2**30:.2f} GiB" for i, x in enumerate(r["peak_bytes"]))),

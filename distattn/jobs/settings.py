@@ -51,14 +51,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"{name} is {value}; expected more than 0")
     model = config.model
     if model.heads % model.kv_heads:
-        raise ConfigError(
-            f"model.heads is {model.heads}; expected a multiple of model.kv_heads, {model.kv_heads}"
-        )
+        raise ConfigError(f"model.heads is {model.heads}; expected a multiple of model.kv_heads, {model.kv_heads}")
     for layer in model.dense_layers:
         if not 0 <= layer < model.layers:
-            raise ConfigError(
-                f"model.dense_layers has {layer}; expected a layer from 0 to {model.layers - 1}"
-            )
+            raise ConfigError(f"model.dense_layers has {layer}; expected a layer from 0 to {model.layers - 1}")
     path = config.data.path
     if path is not None and not Path(path).expanduser().exists():
         raise ConfigError(f"data.path is {path!r}, which does not exist; expected a file or a folder")

@@ -86,7 +86,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         f"\nError is max|x - oracle| / max(1, max|oracle|), the largest over {len(LAYOUTS)} layouts and 2 schedules. "
         f"Tolerance {job.tolerance_float32:g} in float32, {job.tolerance_bfloat16:g} in bfloat16."
     )
-    text.append("all within tolerance" if not failed else f"{len(failed)} of {len(rows)} lines are NOT within tolerance")
+    text.append(
+        "all within tolerance" if not failed else f"{len(failed)} of {len(rows)} lines are NOT within tolerance"
+    )
     return {"report": "\n".join(text), "exit_code": 1 if failed else 0}
 
 

@@ -1,0 +1,97 @@
+"""The jobs themselves, small: what prefill and verify report, and when they fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from rank_pool import RankPool
+
+from distattn.conf import schema
+from distattn.errors import ConfigError
+from distattn.jobs import find_job, prefill
+from distattn.jobs.context import Context
+from distattn.jobs.verify import CASES
+from distattn.presets import PRESETS
+
+SMALL = ["seq_len=3001", "model.width=32", "model.hidden=48", "model.head_dim=16", "attention.reach=200"]
+
+
+def config_of(overrides: list[str]) -> Any:
+    schema.register()
+    with initialize_config_module("distattn.conf", version_base="1.3"):
+        return OmegaConf.to_object(compose("config", overrides))
+
+
+def run_job(context: Context, name: str, overrides: list[str], folder: str) -> dict[str, Any] | None:
+    context = Context(context.rank, context.world_size, context.local_rank, context.device, context.mesh, Path(folder))
+    return find_job(name).run(config_of([f"job={name}", *overrides]), context)
+
+
+def test_prefill_reports_the_same_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    overrides = [*SMALL, "model.dense_layers=[1]", "job.picture=false", "layout.block_q=64", "layout.block_k=64"]
+    reports = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        result, *others = ranks(count, run_job, "prefill", overrides, str(folder), timeout=300)
+        assert not any(others)
+        assert result["exit_code"] == 0 and result["report"].endswith("exact to the pattern")
+        report = json.loads((folder / "report.json").read_text())
+        assert report["bytes_planned"] == report["bytes_sent"] and len(report["peak_bytes"]) == count
+        assert len(report["max_error"]) == 2 and max(report["max_error"]) < 1e-5
+        reports.append(report)
+    one, three = reports
+    assert three["bits_per_byte"] == pytest.approx(one["bits_per_byte"], abs=1e-5)
+    # An untrained model knows nothing of bytes: near log2(256) bits.
+    assert 7.5 < one["bits_per_byte"] < 9
+    assert three["attention_flops"] == one["attention_flops"] and sum(three["bytes_sent"]) > sum(one["bytes_sent"]) == 0
+
+
+def wrong_out(context: Context, overrides: list[str], folder: str) -> int:
+    real = prefill.reference.attention_rows
+    try:
+        prefill.reference.attention_rows = lambda *args, **kwargs: tuple(x + 1e-3 for x in real(*args, **kwargs))  # type: ignore[assignment]
+        result = run_job(context, "prefill", overrides, folder)
+    finally:
+        prefill.reference.attention_rows = real
+    assert result is not None and "NOT exact" in result["report"]
+    return result["exit_code"]
+
+
+def test_prefill_fails_when_the_oracle_disagrees(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks(1, wrong_out, [*SMALL, "job.picture=false"], str(tmp_path), timeout=300) == [1]
+
+
+def test_prefill_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("not much")
+    with pytest.raises(ConfigError, match="8"):
+        prefill.check(config_of([f"data.path={path}", "seq_len=9000"]))
+
+
+def test_prefill_draws_and_traces(ranks: RankPool, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = ranks(1, run_job, "prefill", [*SMALL, "job.trace=true"], str(tmp_path), timeout=300)[0]
+    assert result["exit_code"] == 0 and (tmp_path / "pattern.png").stat().st_size > 10_000
+    trace = json.loads((tmp_path / "trace_rank0.json").read_text())
+    assert any("attend" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def test_verify_passes_and_covers_every_preset(ranks: RankPool, tmp_path: Path) -> None:
+    assert all(any(case.startswith(name) for case in CASES) for name in PRESETS)
+    result, _ = ranks(2, run_job, "verify", [], str(tmp_path), timeout=600)
+    assert result["exit_code"] == 0 and "all within tolerance" in result["report"]
+
+
+def test_verify_fails_over_a_tolerance_that_nothing_meets(ranks: RankPool, tmp_path: Path) -> None:
+    result = ranks(1, run_job, "verify", ["job.tolerance_float32=1e-12"], str(tmp_path), timeout=600)[0]
+    assert result["exit_code"] == 1 and "NOT within tolerance" in result["report"]
+
+
+def test_plan_answers_for_a_thousand_ranks(tmp_path: Path) -> None:
+    context = Context(0, 1, 0, torch.device("cpu"), None, tmp_path)
+    result = find_job("plan").run(config_of(["job=plan", "cluster.world_size=1024", "seq_len=10000000"]), context)
+    assert result is not None and "10,000,000 tokens on 1,024 ranks" in result["report"]

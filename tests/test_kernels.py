@@ -1,0 +1,117 @@
+"""The tile kernel on its own: resuming, merging, guests, and steps, against plain attention."""
+
+import numpy as np
+import pytest
+import torch
+
+from distattn import reference
+from distattn.kernels.attention import Pages, attention_backward, attention_forward, merge
+from distattn.kernels.table import TileTable
+from distattn.patterns import Causal, Pattern, SlidingWindow, Strided
+from distattn.tiles import Axis, Extents, assemble, visit
+
+BLOCK, LENGTH, HEADS, KV_HEADS, DIM = 8, 300, 4, 2, 16
+PAGES = -(-LENGTH // BLOCK)
+NOBODY = Pages(torch.zeros(1, 0, KV_HEADS, DIM), torch.zeros(1, 0, KV_HEADS, DIM))
+
+
+def table_of(pattern: Pattern, pages: np.ndarray, own: int) -> TileTable:
+    """A table over some pages of the sequence, the first ``own`` of them the rank's own and the others guests."""
+    queries, keys = Axis.grid(LENGTH, BLOCK), Axis.grid(LENGTH, BLOCK)
+    extents = Extents.of(pages[:own], 0).joined(Extents.of(pages[own:], own))
+    visits = visit(pattern, queries, keys)
+    return assemble([[(visits, extents)]], [0] * HEADS, queries.blocks, (BLOCK, BLOCK), own, len(pages) - own)
+
+
+@pytest.fixture
+def qkv() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, LENGTH, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def run(
+    q: torch.Tensor,
+    own: Pages,
+    guests: Pages,
+    table: TileTable,
+    before: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Poisoned, so that a row that nobody writes shows.
+    out, lse = before or (torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan))
+    attention_forward(q, own, guests, table, out, lse, scale=DIM**-0.5, resume=before is not None)
+    return out, lse
+
+
+PATTERN = Causal() & (SlidingWindow(200, 0) | Strided(5))
+
+
+def test_more_pages_than_one_step(qkv: list[torch.Tensor]) -> None:
+    q, k, v = qkv
+    out, lse = run(q, Pages(k, v), NOBODY, table_of(PATTERN, np.arange(PAGES), PAGES))
+    expected, expected_lse = reference.attention(q, k, v, PATTERN)
+    assert reference.max_error(out, expected) < 1e-5
+    assert reference.max_error(lse, expected_lse) < 1e-5
+
+
+def test_resuming_merging_and_one_pass_agree(qkv: list[torch.Tensor]) -> None:
+    q, k, v = qkv
+    half = PAGES // 2
+    first, second = Pages(k[:, : half * BLOCK], v[:, : half * BLOCK]), Pages(k[:, half * BLOCK :], v[:, half * BLOCK :])
+    tables = table_of(PATTERN, np.arange(half), half), table_of(PATTERN, np.arange(half, PAGES), PAGES - half)
+    whole = run(q, Pages(k, v), NOBODY, table_of(PATTERN, np.arange(PAGES), PAGES))
+    one, two = run(q, first, NOBODY, tables[0]), run(q, second, NOBODY, tables[1])
+    # Before the second half begins, its rows attend to nothing.
+    assert (two[1][:, : half * BLOCK] == -torch.inf).all() and (two[0][:, : half * BLOCK] == 0).all()
+    for x, y in zip(merge(*one, *two), whole, strict=True):
+        torch.testing.assert_close(x, y)
+    for x, y in zip(run(q, second, NOBODY, tables[1], before=one), whole, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_guest_pages_give_the_same_and_get_their_gradients(qkv: list[torch.Tensor]) -> None:
+    q, k, v = qkv
+    half = PAGES // 2
+    # The sequence's second half is owned, and its first half visits as guests, after it in the arena.
+    table = table_of(PATTERN, np.concatenate((np.arange(half, PAGES), np.arange(half))), PAGES - half)
+    split = half * BLOCK
+    own, guests = Pages(k[:, split:], v[:, split:]), Pages(k[:, :split], v[:, :split])
+    assert table.visits_guests[:half].all()
+    out, lse = run(q, own, guests, table)
+    torch.testing.assert_close(out, run(q, Pages(k, v), NOBODY, table_of(PATTERN, np.arange(PAGES), PAGES))[0])
+
+    double = [x.double().requires_grad_() for x in qkv]
+    expected, _ = reference.attention(*double, PATTERN)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    dq, dk, dv = torch.autograd.grad((expected * weight).sum(), double)
+    found = torch.zeros_like(q)
+    d_own, d_guests = (Pages(torch.zeros_like(x.k), torch.zeros_like(x.v)) for x in (own, guests))
+    delta = (weight * out).sum(-1)
+    attention_backward(q, own, guests, table, weight, lse, delta, found, d_own, d_guests, scale=DIM**-0.5)
+    for x, y in (
+        (found, dq),
+        (torch.cat((d_guests.k, d_own.k), 1), dk),
+        (torch.cat((d_guests.v, d_own.v), 1), dv),
+    ):
+        assert reference.max_error(x, y) < 1e-5
+
+
+def test_chosen_tiles_leave_the_others_alone(qkv: list[torch.Tensor]) -> None:
+    q, k, v = qkv
+    table = table_of(PATTERN, np.arange(PAGES), PAGES)
+    out, lse = torch.full_like(q, 7.0), torch.full(q.shape[:3], 7.0)
+    attention_forward(q, Pages(k, v), NOBODY, table, out, lse, scale=DIM**-0.5, tiles=np.array([1, 3, PAGES - 1]))
+    touched = [BLOCK, 2 * BLOCK - 1, 3 * BLOCK, LENGTH - 1]
+    assert (out[:, touched] != 7.0).any(dim=-1).all()
+    assert (out[:, :BLOCK] == 7.0).all() and (lse[:, 2 * BLOCK : 3 * BLOCK] == 7.0).all()
+
+
+def test_merging_with_nothing_changes_nothing() -> None:
+    out, lse = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4)
+    nothing = torch.zeros(2, 3, 4, 5), torch.full((2, 3, 4), -torch.inf)
+    for a, b in (
+        (merge(out, lse, *nothing), (out, lse)),
+        (merge(*nothing, out, lse), (out, lse)),
+        (merge(*nothing, *nothing), nothing),
+    ):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y)

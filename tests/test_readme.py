@@ -1,0 +1,30 @@
+"""The README's example runs as printed, and is as short as it should be."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    exec(compile(example, str(README), "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert "5,000 tokens on 1 ranks" in "\n".join(printed)
+    assert float(printed[-1]) < 1e-5
+
+
+def test_every_pattern_is_in_the_table() -> None:
+    from distattn import patterns
+
+    text = README.read_text()
+    nodes = {"And", "Or", "Not", "Pattern"}
+    assert not [name for name in patterns.__all__ if name not in nodes and f"`{name}(" not in text]
+
+
+def test_files_that_it_names_exist() -> None:
+    for path in re.findall(r"`((?:scripts|distattn|conf)/[\w/.]+)`|\]\(([\w/.]+)\)", README.read_text()):
+        assert (README.parent / (path[0] or path[1])).exists(), path
