@@ -65,7 +65,9 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
         if self.heads % self.kv_heads:
-            raise ConfigError(f"model.heads is {self.heads}; expected a multiple of model.kv_heads, {self.kv_heads}")
+            raise ConfigError(
+                f"model.heads is {self.heads}; expected a multiple of model.kv_heads, {self.kv_heads}"
+            )
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim is {self.head_dim}; expected an even number")
         if not self.rope_theta > 0:
@@ -93,8 +95,8 @@ class Block(nn.Module):
     def before(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """x [B, T, width], positions int64 [1, T] -> q [B, T, H, D], k and v [B, T, Hkv, D]; q, k turned."""
         c = self.config
-        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(-1, (-1, c.head_dim))
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).view(*x.shape[:2], -1, c.head_dim)
+        q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=2)
         cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -205,7 +207,7 @@ class Decoder(nn.Module):
         batch, total = inputs[0].shape[:2]
         rows = max(1, self.config.slice_rows // max(1, batch))
         # split, not indexing: its backward joins the gradients once instead of padding each to full length
-        slices = list(zip(*(x.split(rows, dim=1) for x in inputs), strict=True))
+        slices = list(zip(*(torch.split(x, rows, dim=1) for x in inputs), strict=True))
         if torch.is_grad_enabled():
             if len(slices) == 1:
                 return _as_tuple(compute(*slices[0]))
@@ -225,7 +227,9 @@ class Decoder(nn.Module):
         first = plans[0]
         for layer, plan in enumerate(plans):
             if (plan.seq_len, plan.segments) != (first.seq_len, first.segments):
-                raise ValueError(f"plans[{layer}] has {_rows_of(plan)}; expected those of plans[0], {_rows_of(first)}")
+                raise ValueError(
+                    f"plans[{layer}] has {_rows_of(plan)}; expected those of plans[0], {_rows_of(first)}"
+                )
         if tokens.ndim != 2 or tokens.shape[1] != first.tokens:
             raise ValueError(f"tokens has the shape {tuple(tokens.shape)}; expected [batch, {first.tokens}]")
 

@@ -47,7 +47,7 @@ def test_folder_is_its_files_in_order_of_their_paths(corpus: Corpus) -> None:
     assert corpus.read(0, 0).tolist() == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.tuples(positions, positions).map(sorted))
 def test_ranges_equal_the_whole(corpus: Corpus, ends: list[int]) -> None:
     start, stop = ends
@@ -59,7 +59,7 @@ def test_ranges_equal_the_whole(corpus: Corpus, ends: list[int]) -> None:
     assert (start + np.cumsum(lengths))[:-1].tolist() == [s for s in STARTS if start < s < stop]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(positions, min_size=2, max_size=8).map(sorted), st.integers(0, 20))
 def test_segments_and_their_labels(corpus: Corpus, cuts: list[int], offset: int) -> None:
     segments = [(max(0, a - offset), max(0, b - offset)) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]

