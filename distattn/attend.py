@@ -284,7 +284,12 @@ class _Pass:
 
     def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
         pending = [self.exchange.bring(transfer, own, slot.pages) for transfer in stage.transfers]
-        return Pending(lambda: [part.wait() for part in pending] and None)
+
+        def wait() -> None:
+            for part in pending:
+                part.wait()
+
+        return Pending(wait)
 
     def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
         def receive(message: Message, rows: list[Tensor]) -> None:

@@ -170,9 +170,7 @@ class Corpus:
             ConfigError: held_out is out of range, or one of the two would be empty.
         """
         if not 0 < held_out < 1:
-            raise ConfigError(
-                f"held_out is {held_out}; expected a share of the files between 0 and 1, both excluded"
-            )
+            raise ConfigError(f"held_out is {held_out}; expected a share of the files between 0 and 1, both excluded")
         sides: tuple[list[TextFile], list[TextFile]] = [], []
         for file in self.files:
             digest = hashlib.blake2b(_encode(file.name), digest_size=8).digest()
@@ -196,9 +194,7 @@ class Corpus:
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self):
-            raise ValueError(
-                f"the range is [{start}, {stop}); expected one inside [0, {len(self)}) of {self.source}"
-            )
+            raise ValueError(f"the range is [{start}, {stop}); expected one inside [0, {len(self)}) of {self.source}")
 
 
 def open_corpus(source: str | Path | None = None, suffix: str | None = None) -> Corpus:
@@ -260,9 +256,7 @@ def _text_files(folder: Path, names: Iterable[str]) -> Iterator[TextFile]:
         except FileNotFoundError:  # a dangling link
             continue
         except OSError as error:
-            raise ConfigError(
-                f"source has the file {str(path)!r}, which has no size: {error.strerror}"
-            ) from error
+            raise ConfigError(f"source has the file {str(path)!r}, which has no size: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             continue
         if not os.access(path, os.R_OK):

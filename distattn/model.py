@@ -65,9 +65,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
         if self.heads % self.kv_heads:
-            raise ConfigError(
-                f"model.heads is {self.heads}; expected a multiple of model.kv_heads, {self.kv_heads}"
-            )
+            raise ConfigError(f"model.heads is {self.heads}; expected a multiple of model.kv_heads, {self.kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim is {self.head_dim}; expected an even number")
         if not self.rope_theta > 0:
@@ -227,9 +225,7 @@ class Decoder(nn.Module):
         first = plans[0]
         for layer, plan in enumerate(plans):
             if (plan.seq_len, plan.segments) != (first.seq_len, first.segments):
-                raise ValueError(
-                    f"plans[{layer}] has {_rows_of(plan)}; expected those of plans[0], {_rows_of(first)}"
-                )
+                raise ValueError(f"plans[{layer}] has {_rows_of(plan)}; expected those of plans[0], {_rows_of(first)}")
         if tokens.ndim != 2 or tokens.shape[1] != first.tokens:
             raise ValueError(f"tokens has the shape {tuple(tokens.shape)}; expected [batch, {first.tokens}]")
 

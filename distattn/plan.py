@@ -424,11 +424,10 @@ def rank_work(
     """What each rank computes, sends and receives in a forward pass of a batch of one."""
     world_size, heads = layout.world_size, len(outline.table_of)
     tile_owner, page_owner = layout.owners(outline.grid_q.block), layout.owners(outline.grid_k.block)
-    tiles = np.bincount(tile_owner, outline.tiles, world_size)
-    pairs = np.bincount(tile_owner, outline.pairs, world_size)
     share = layout.tokens() / layout.seq_len
     guest_tiles = sum(int(v.tiles.sum()) * outline.table_of.count(i) for i, v in enumerate(outline.whole))
-    tiles, pairs = tiles + guest_tiles * share, pairs + float(outline.guest_pairs.sum()) * share
+    tiles = np.bincount(tile_owner, outline.tiles, world_size) + guest_tiles * share
+    pairs = np.bincount(tile_owner, outline.pairs, world_size) + float(outline.guest_pairs.sum()) * share
     sent, received, guest_rows = np.zeros((3, world_size))
     row_bytes = itemsize * (head_dim + value_dim)
     for group, guests in guest_pages(outline, layout, kv_heads):
@@ -543,6 +542,7 @@ class _ArenaBuilder:
         if not len(positions):
             return None
         transfer = self._gather(positions, tuple(range(self.heads)))
+        assert transfer is not None
         parts = [[(visits, self.own)] for visits in self.outline.whole]
         table = assemble(parts, self.outline.table_of, self.outline.guest_q.blocks, self.blocks, len(self.my_pages), 0)
         mine = self._local(positions[self.layout.owner_of(positions) == self.rank])

@@ -95,9 +95,7 @@ def attention_rows(
     for first in range(0, max(1, k.shape[1]), slice_keys):  # once even without keys: all rows are then empty
         piece = slice(first, first + slice_keys)
         columns = key_positions[piece].cpu().numpy()[None, :]
-        masks = {
-            p: np.broadcast_to(p.allows(rows, columns), (len(rows), columns.shape[1])) for p in set(patterns)
-        }
+        masks = {p: np.broadcast_to(p.allows(rows, columns), (len(rows), columns.shape[1])) for p in set(patterns)}
         # Keys that no row of any head may attend to add nothing to the sums: leave them out first.
         used = np.logical_or.reduce([mask.any(axis=0) for mask in masks.values()])
         if total is not None and not used.any():
@@ -205,15 +203,11 @@ def _check(q: Tensor, positions: Tensor, k: Tensor, v: Tensor, key_positions: Te
     if k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(f"k has the shape {tuple(k.shape)}; expected [{batch}, n, kv_heads, {dim}] as q")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v has the shape {tuple(v.shape)}; expected [{batch}, {k.shape[1]}, {kv_heads}, any]"
-        )
+        raise ValueError(f"v has the shape {tuple(v.shape)}; expected [{batch}, {k.shape[1]}, {kv_heads}, any]")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads; expected a multiple of the {kv_heads} key/value heads of k")
     if positions.shape != (rows,):
-        raise ValueError(
-            f"positions has the shape {tuple(positions.shape)}; expected [{rows}], as q has rows"
-        )
+        raise ValueError(f"positions has the shape {tuple(positions.shape)}; expected [{rows}], as q has rows")
     if key_positions.shape != (k.shape[1],):
         shape = tuple(key_positions.shape)
         raise ValueError(f"key_positions has the shape {shape}; expected [{k.shape[1]}], as k has rows")

@@ -20,6 +20,8 @@ from distattn.spans import Ints, Spans
 
 # Masks are evaluated on about this many (query, key) pairs at a time.
 _PAIRS_AT_ONCE = 1 << 20
+# Masks of intervals are made this many at a time, which stays in the cache.
+_MASKS_AT_ONCE = 128
 _NONE = np.zeros(0, np.int64)
 
 
@@ -211,15 +213,23 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
         row, page, label = row[~whole], page[~whole], label[~whole]
     _, sample, mask = np.unique(label, return_index=True, return_inverse=True)
 
-    masks = _bit_masks(pattern, queries, keys, row[sample], page[sample])
-    allowed = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64)
-    everything = allowed == queries.block * keys.block
-    if everything.any() or not allowed.all():
-        promoted = everything[mask]
+    intervals = _intervals(pattern, queries, keys, row[sample], page[sample])
+    if intervals is None:
+        masks = _bit_masks(pattern, queries, keys, row[sample], page[sample])
+        masks, mask = unique_masks(masks, mask)
+        allowed = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64)
+    else:
+        # Equal masks are found while they are still intervals, and only the distinct ones are made.
+        first, same = _distinct(intervals.reshape(len(intervals), 2 * queries.block))
+        masks, mask = _interval_masks(intervals[first], keys.block), same[mask]
+        allowed = (intervals[first, :, 1] - intervals[first, :, 0]).sum(axis=1, dtype=np.int64)
+    promoted = (allowed == queries.block * keys.block)[mask]
+    if promoted.any() or not allowed.all():
         full = _add_pages(full, row[promoted], page[promoted])
         kept = (allowed[mask] > 0) & ~promoted
         row, page, mask = row[kept], page[kept], mask[kept]
-    masks, mask = unique_masks(masks, mask)
+        used = np.unique(mask)
+        masks, mask = masks[used], np.searchsorted(used, mask)
     return Visits(full, row, page, mask, masks)
 
 
@@ -272,19 +282,15 @@ def _add_pages(full: Spans, row: Ints, page: Ints) -> Spans:
 def _contains(values: Ints, x: Ints) -> NDArray[np.bool_]:
     """Whether each x is among the ascending values."""
     at = np.minimum(np.searchsorted(values, x), len(values) - 1)
-    return values[at] == x
+    found: NDArray[np.bool_] = values[at] == x
+    return found
 
 
 def _bit_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.uint32]:
-    """uint32 [n, block_q, ceil(block_k / 32)]: the masks of tiles."""
+    """uint32 [n, block_q, ceil(block_k / 32)]: the masks of tiles, from the definition of the pattern."""
     words = -(-keys.block // 32)
     out = np.zeros((len(row), queries.block, words), np.uint32)
     step = max(1, _PAIRS_AT_ONCE // (queries.block * keys.block))
-    interval = keys.first is not None and queries.first is not None and queries.skip.size == 0 == keys.skip.size
-    if interval and len(row) > step:
-        bits = _interval_masks(pattern, queries, keys, row, page)
-        if bits is not None:
-            return bits
     for i in range(0, len(row), step):
         # Rows beyond the sequence are never written; keeping them lets a short tile share the masks of whole ones.
         q = queries.positions(row[i : i + step], clip=False)[:, :, None]
@@ -295,9 +301,15 @@ def _bit_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Int
     return out
 
 
-def _interval_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.uint32] | None:
-    """The same where each query row attends to one interval of keys, without looking at pairs."""
-    assert queries.first is not None and keys.first is not None
+def _intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.int16] | None:
+    """int16 [n, block_q, 2]: the columns [start, stop) of each page that its tile's rows attend to.
+
+    None where a row may attend to anything but one interval."""
+    if queries.first is None or keys.first is None or queries.skip.size or keys.skip.size:
+        return None
+    if keys.block >= 1 << 15 or keys.length >= 1 << 31:
+        # Beyond the small integers that make this quick.
+        return None
     # Many masks share a query tile: its rows are looked up once.
     tiles, tile = np.unique(row, return_inverse=True)
     intervals = pattern.row_interval((queries.first[tiles][:, None] + np.arange(queries.block)).ravel())
@@ -305,35 +317,53 @@ def _interval_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page
         return None
     low, high = (np.minimum(x, queries.length).astype(np.int32).reshape(len(tiles), queries.block) for x in intervals)
     k0 = keys.first[page].astype(np.int32)[:, None]
-    width = np.minimum(keys.block, queries.length - k0)
-    start = np.clip(low[tile] - k0, 0, width)
-    stop = np.clip(high[tile] - k0, start, width)
+    width = np.minimum(keys.block, keys.length - k0).astype(np.int32)
+    out = np.empty((len(row), queries.block, 2), np.int16)
+    for i in range(0, len(row), _MASKS_AT_ONCE):
+        some = slice(i, i + _MASKS_AT_ONCE)
+        start, stop = np.maximum(low[tile[some]] - k0[some], 0), np.minimum(high[tile[some]] - k0[some], width[some])
+        # Every empty interval is written alike.
+        inside = stop > start
+        np.multiply(start, inside, out=out[some, :, 0], casting="unsafe")
+        np.multiply(stop, inside, out=out[some, :, 1], casting="unsafe")
+    return out
+
+
+def _interval_masks(intervals: NDArray[np.int16], block: int) -> NDArray[np.uint32]:
+    """uint32 [n, rows, ceil(block / 32)]: the bits [start, stop) of each row."""
     # Row n of the lookup has its n lowest bits set; what lies between two of them is their difference.
-    below = np.packbits(np.tri(keys.block + 1, -(-keys.block // 32) * 32, -1, np.bool_), axis=-1, bitorder="little")
-    lookup = below.view(np.dtype((np.void, below.shape[1]))).ravel()
-    bits = lookup.take(stop).view(np.uint32).reshape(*stop.shape, -1)
-    bits ^= lookup.take(start).view(np.uint32).reshape(bits.shape)
-    return bits
+    below = np.packbits(np.tri(block + 1, -(-block // 32) * 32, -1, np.bool_), axis=-1, bitorder="little")
+    # complex128 is the quickest thing of 16 bytes to take.
+    lookup = below.view(np.complex128 if below.shape[1] == 16 else np.dtype((np.void, below.shape[1]))).ravel()
+    out = np.empty((*intervals.shape[:2], below.shape[1] // 4), np.uint32)
+    for i in range(0, len(out), _MASKS_AT_ONCE):
+        start, stop = (intervals[i : i + _MASKS_AT_ONCE, :, side].astype(np.int64) for side in (0, 1))
+        first, last = (lookup.take(x).view(np.uint32).reshape(*x.shape, -1) for x in (start, stop))
+        np.bitwise_xor(first, last, out=out[i : i + _MASKS_AT_ONCE])
+    return out
 
 
 def unique_masks(masks: NDArray[np.uint32], mask: Ints) -> tuple[NDArray[np.uint32], Ints]:
     """Stores equal masks once, and drops those that no entry of ``mask`` names."""
-    used = np.zeros(len(masks), np.bool_)
-    used[mask] = True
-    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
+    first, same = _distinct(masks.reshape(len(masks), masks.shape[1] * masks.shape[2]))
+    kept, mask = np.unique(same[mask], return_inverse=True)
+    first = first[kept]
+    return masks if len(first) == len(masks) and (first == np.arange(len(masks))).all() else masks[first], mask
+
+
+def _distinct(rows: NDArray[np.integer]) -> tuple[Ints, Ints]:
+    """(the first row of each kind, the kind of every row), of integers [n, width]."""
+    wide = rows.view(np.uint64) if rows.shape[1] * rows.itemsize % 8 == 0 else rows.astype(np.uint64)
     # A hash finds the candidates; only true equality merges them.
-    wide = flat.view(np.uint64) if flat.shape[1] % 2 == 0 else flat
     weights = np.random.default_rng(0).integers(1, 1 << 63, wide.shape[1], dtype=np.uint64) | np.uint64(1)
-    code = (wide * weights).sum(axis=1, dtype=np.uint64) if len(wide) < 64 else np.einsum("mw,w->m", wide, weights)
-    _, sample, index = np.unique(np.where(used, code, np.uint64(0)), return_index=True, return_inverse=True)
-    target = np.arange(len(masks))
-    twins = np.flatnonzero(sample[index] != target)
-    same = (flat[twins] == flat[sample[index[twins]]]).all(axis=1)
-    target[twins[same]] = sample[index[twins[same]]]
-    kept = np.unique(target[used])
-    if len(kept) == len(masks):
-        return masks, mask
-    return masks[kept], np.searchsorted(kept, target[mask])
+    code = np.einsum("nw,w->n", wide, weights)
+    _, first, kind = np.unique(code, return_index=True, return_inverse=True)
+    target = np.arange(len(rows))
+    others = np.flatnonzero(first[kind] != target)
+    twins = others[(wide[others] == wide[first[kind[others]]]).all(axis=1)]
+    target[twins] = first[kind[twins]]
+    kept = np.flatnonzero(target == np.arange(len(rows)))
+    return kept, np.searchsorted(kept, target)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -52,7 +53,7 @@ def attention_forward(
     lse: Tensor,
     *,
     scale: float,
-    tiles: NDArray | None = None,
+    tiles: NDArray[np.int64] | None = None,
     resume: bool = False,
 ) -> None:
     """Writes ``out`` and ``lse`` of the query tiles ``tiles`` (default: all).
@@ -85,7 +86,7 @@ def attention_backward(
     d_guests: Pages,
     *,
     scale: float,
-    tiles: NDArray | None = None,
+    tiles: NDArray[np.int64] | None = None,
 ) -> None:
     """Adds the gradients that the query tiles ``tiles`` (default: all) give to ``dq``, ``d_own`` and ``d_guests``.
 

@@ -38,7 +38,7 @@ def forward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    tiles: NDArray | None,
+    tiles: NDArray[np.int64] | None,
     resume: bool,
 ) -> None:
     dtype = lse.dtype
@@ -93,7 +93,7 @@ def backward(
     d_own: Pages,
     d_guests: Pages,
     scale: float,
-    tiles: NDArray | None,
+    tiles: NDArray[np.int64] | None,
 ) -> None:
     dtype = dq.dtype
     for b, kv_head, heads, row0 in _head_groups(q, own, table):
@@ -150,7 +150,7 @@ def _head_groups(q: Tensor, own: Pages, table: TileTable) -> Iterator[tuple[int,
 
 
 def _batches(
-    table: TileTable, row0: int, tiles: NDArray | None, group: int, itemsize: int
+    table: TileTable, row0: int, tiles: NDArray[np.int64] | None, group: int, itemsize: int
 ) -> Iterator[NDArray[np.int64]]:
     """Query tiles in batches whose scratch is bounded and whose members visit similarly many pages."""
     ids = np.arange(table.tiles) if tiles is None else np.asarray(tiles, np.int64)

@@ -91,11 +91,6 @@ class TileTable:
         return np.diff(self.part_ptr).astype(np.int64)
 
     @cached_property
-    def mask_pairs(self) -> NDArray[np.int64]:
-        """int64 [distinct masks]: allowed pairs of each mask."""
-        return np.bitwise_count(self.masks).sum(axis=(1, 2), dtype=np.int64)
-
-    @cached_property
     def mask_bool(self) -> torch.Tensor:
         """bool [distinct masks, block_q, block_k] on the CPU: the masks unpacked."""
         bits = np.unpackbits(self.masks.view(np.uint8), axis=-1, bitorder="little", count=self.block_k)
@@ -110,7 +105,7 @@ class TileTable:
         out = np.zeros(rows, np.bool_)
         out[run_row[self.full_first + self.full_count > self.own_pages]] = True
         out[part_row[self.part_page >= self.own_pages]] = True
-        return out.reshape(self.tables, self.tiles).any(axis=0)
+        return np.asarray(out.reshape(self.tables, self.tiles).any(axis=0))
 
     def expand(
         self, rows: NDArray[np.int64], first: int, partial: int, full: int

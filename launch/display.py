@@ -72,8 +72,7 @@ class Display:
         if self._bars:
             self._bars.console.print(text)
         else:
-            print(text)
-            sys.stdout.flush()
+            _write_line(text)
 
 
 class Shown:
@@ -90,7 +89,7 @@ class Shown:
         if self._display:
             self._display.log(self._rank, text)
         else:
-            print(f"[rank {self._rank}] {text}", flush=True)
+            _write_line(f"[rank {self._rank}] {text}")
 
 
 def print_result(result: Result | None) -> int:
@@ -99,3 +98,8 @@ def print_result(result: Result | None) -> int:
     if result.get("report"):
         print(result["report"], flush=True)
     return int(result.get("exit_code", 0))
+
+
+def _write_line(text: str) -> None:
+    sys.stdout.write(f"{text}\n")  # at once, since print writes the end of the line apart and other ranks may print
+    sys.stdout.flush()

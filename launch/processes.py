@@ -117,8 +117,7 @@ class Processes:
         """
         deadline = time.monotonic() + timeout
         while True:
-            # A child can end while a process that it started still holds its pipes, so the pipes alone do not
-            # tell.
+            # Pipes alone do not tell of an end: a process that the child started may still hold them.
             sources = [source for child in self._children for source in child.sources()]
             pause = max(0.0, min(0.1, deadline - time.monotonic()))
             ready = wait(sources, pause)
@@ -131,8 +130,7 @@ class Processes:
         return list(self._children[number].tail)
 
     def stop(self, timeout: float | None = None) -> None:
-        """End all children and what they started: SIGTERM, then SIGKILL after a while. Returns when all are
-        gone.
+        """End all children and what they started: SIGTERM, then SIGKILL after a while; returns when they are gone.
 
         An interrupt (Ctrl-C) while it waits kills them at once, and is raised again.
         """

@@ -205,11 +205,6 @@ def test_local_ranks_and_their_report(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0", "rank1"]
 
 
-def test_one_rank_needs_no_process_group(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch("exit_code_3", world_size=1) == 3
-    assert capfd.readouterr().out.splitlines()[-1] == "not good enough"
-
-
 def test_the_first_error_is_on_top(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     assert launch("one_raises") == 1
     err = capfd.readouterr().err.splitlines()

@@ -121,9 +121,7 @@ def test_shards_of_keys_merge_to_the_whole_with_gradients(pattern: Pattern) -> N
     rows = torch.tensor([36, 0, 5, 2, 20])
     shards = [torch.arange(37)[rank::4] for rank in range(3)] + [torch.arange(3, 37, 4), torch.arange(0)]
     parts = [
-        reference.attention_rows(
-            q[:, rows], rows, k[:, own], v[:, own], pattern, key_positions=own, slice_keys=5
-        )
+        reference.attention_rows(q[:, rows], rows, k[:, own], v[:, own], pattern, key_positions=own, slice_keys=5)
         for own in shards
     ]
     out, lse = reference.merge(parts)

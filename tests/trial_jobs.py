@@ -35,10 +35,6 @@ def total(config: Config, context: Context) -> dict[str, Any]:
     return {"report": f"sum {x.item() + x0:g} of {context.world_size} in {context.output_dir}"}
 
 
-def exit_code_3(config: Config, context: Context) -> dict[str, Any]:
-    return {"report": "not good enough", "exit_code": 3}
-
-
 def one_raises(config: Config, context: Context) -> None:
     import torch
     import torch.distributed as dist

@@ -162,7 +162,8 @@ class _Checker:
 
         def everywhere(x: Tensor) -> Tensor:
             """The sampled rows of all ranks, by position: [rows, ...]."""
-            return _gather(x, counts, plan)[order.to(x.device)]
+            rows: Tensor = _gather(x, counts, plan)[order.to(x.device)]
+            return rows
 
         rows, got = everywhere(q[0, mine]).unsqueeze(0), everywhere(out[0, mine]).unsqueeze(0)
         part, part_lse = reference.attention_rows(

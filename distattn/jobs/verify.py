@@ -111,10 +111,9 @@ def _inputs(seed: int) -> list[Tensor]:
 
 def _oracle(spec: AttentionSpec, inputs: list[Tensor]) -> list[Tensor]:
     """out, dq, dk, dv in float64."""
-    *qkv, weight = (x.double() for x in inputs)
-    for x in qkv:
-        x.requires_grad_()
-    out, _ = reference.attention(*qkv, spec.tokens)
+    q, k, v, weight = (x.double() for x in inputs)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = reference.attention(q, k, v, spec.tokens)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), qkv)]
 
 
@@ -144,11 +143,10 @@ def _check(
         block_q=BLOCK,
         block_k=BLOCK,
     )
-    *qkv, weight = (plan.shard(x).to(context.device, dtype) for x in inputs)
-    for x in qkv:
-        x.requires_grad_()
+    q, k, v, weight = (plan.shard(x).to(context.device, dtype) for x in inputs)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
     before = sent.total
-    out = attend(*qkv, plan)
+    out = attend(q, k, v, plan)
     grads = torch.autograd.grad((out * weight).sum(), qkv)
     planned = plan.sent_bytes(dtype.itemsize, BATCH) + plan.sent_bytes_backward(dtype.itemsize, BATCH)
     row.bytes_agree &= sent.total - before == planned

@@ -1,0 +1,82 @@
+"""Setting up: what happens before and after the installation itself."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with all that scripts/setup-env reads."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "scripts/setup-env"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [checkout / "scripts" / "setup-env"],
+        env=os.environ | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def fake_environment(checkout: Path, stamp: str) -> Path:
+    """A .venv whose python runs but has no pip, so that an installation into it fails at once."""
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in "-m pip"*) echo no pip here >&2; exit 1;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    (checkout / ".venv" / "distattn-installed").write_text(stamp)
+    return python
+
+
+def stamp_of(checkout: Path) -> str:
+    text = (checkout / "pyproject.toml").read_bytes() + (checkout / "constraints.txt").read_bytes()
+    return f"{checkout} {hashlib.sha256(text).hexdigest()}  -\n"
+
+
+def test_nothing_is_done_twice(checkout: Path) -> None:
+    fake_environment(checkout, stamp_of(checkout))
+    done = set_up(checkout)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_changed_pins_are_installed_and_a_failure_is_remembered(checkout: Path) -> None:
+    python = fake_environment(checkout, stamp_of(checkout))
+    with (checkout / "constraints.txt").open("a") as constraints:
+        constraints.write("# changed\n")
+    done = set_up(checkout)
+    assert done.returncode == 1
+    assert "no pip here" in done.stderr and "the installation failed" in done.stderr
+    # The next one starts anew, for which it needs a Python.
+    done = set_up(checkout, PYTHON="/no/such/python")
+    assert done.returncode == 1
+    assert "PYTHON=/no/such/python is not a Python 3.11, 3.12 or 3.13" in done.stderr
+    assert not python.exists()
+
+
+def test_a_missing_python_is_named(checkout: Path) -> None:
+    tools = checkout / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "cat", "sha256sum", "rm", "env"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(found)
+    (tools / "python3").symlink_to("/bin/false")  # such as a shim that has no version to run
+    done = set_up(checkout, PATH=str(tools), PYTHON="")
+    assert done.returncode == 1
+    assert "found no Python 3.11, 3.12 or 3.13 with the venv module" in done.stderr
