@@ -26,7 +26,7 @@ from distattn.launch.processes import Exit, Line, Message, Processes
 from distattn.launch.ranks import Throttled
 
 TESTS = Path(__file__).parent
-PATIENCE = 120.0  # seconds to wait for what takes a few on an idle machine
+PATIENCE = 400.0  # seconds to wait for what takes a few on an idle machine
 
 
 def config_of(*overrides: str) -> schema.Config:
