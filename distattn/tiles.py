@@ -130,12 +130,6 @@ def difference(a: Spans, b: Spans, length: int) -> Spans:
     return sp.intersect(a, sp.complement(b, length))
 
 
-def touched(pattern: Pattern, queries: Axis, keys: Axis) -> Spans:
-    """Intervals of pages outside which nothing is allowed, by query tile."""
-    support, _ = queries.bounds(pattern, keys.block)
-    return keys.pages(support, whole=False)
-
-
 @dataclass(frozen=True, eq=False)
 class Visits:
     """What the query tiles of one axis visit of another: FULL pages as intervals, PARTIAL pages with masks.
