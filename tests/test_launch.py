@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rank_pool import RankError, RankPool
 
+import distattn
 from distattn.conf import schema
 from distattn.jobs import find_job
 from distattn.jobs.context import Context
@@ -241,7 +242,8 @@ def torchrun(*arguments: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    checkout = Path(distattn.__file__).parent.parent  # the folders in which the commands run are elsewhere
+    path = os.pathsep.join([str(TESTS), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     return local.rank_environment() | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
@@ -300,7 +302,7 @@ def waiting(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]
             pids += [int(text) for text in re.findall(r"pid (\d+)", line)]
             if len(pids) == 2:
                 break
-        assert len(pids) == 2 and not any(gone(pid) for pid in pids)
+        assert len(pids) == 2 and not any(gone(pid) for pid in pids), process.communicate()[1]
         yield process, pids
         process.kill()
 
