@@ -12,15 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distattn.arena import GuestQueries, Stage
 from distattn.errors import ConfigError
 from distattn.exchange import Agreement, Counter, Exchange, Pending, add_rows
 from distattn.kernels.attention import Pages, accumulator_dtype, attention_backward, attention_forward, merge
 from distattn.messages import Message, Transfer
-from distattn.plan import GuestQueries, Plan, Stage, plans
+from distattn.plan import Plan, plans
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Seconds that ranks wait for each other before the first exchange of a plan.
-AGREEMENT_DEADLINE = 60.0
+AGREEMENT_DEADLINE = 300.0
 
 _agreement = Agreement()
 sent = Counter()
@@ -119,7 +120,7 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, plan: str, scale: float) -> tu
     p = plans[plan]
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    kept = p.stages[0].guest_rows if p.schedule == "direct" else 0
+    kept = p.stages[0].guest_rows if len(p.stages) == 1 else 0
     guests = q.new_empty(q.shape[0] * kept * p.kv_heads * (p.head_dim + p.value_dim))
     rows = 0 if p.guest_queries is None else len(p.guest_queries.positions)
     return out, lse, guests, q.new_empty((q.shape[0], rows, p.heads, p.head_dim))

@@ -14,7 +14,6 @@ to neighbour. Fetching from the owner moves no more, and for causal attention ha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,86 +21,27 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from distattn import __version__
-from distattn import spans as sp
-from distattn.algebra import Pattern
+from distattn.arena import ArenaBuilder, GuestQueries, Stage
 from distattn.cost import Machine, Work, step_time
 from distattn.errors import ConfigError
-from distattn.kernels.table import TileTable
 from distattn.layout import LAYOUTS, Layout, make_layout
-from distattn.messages import Message, Transfer, join_runs
-from distattn.sharing import Sharing, find_sharing
-from distattn.spans import Spans
+from distattn.outline import Outline, count_rows, guest_pages, make_outline, owned_pages, rank_work
 from distattn.spec import AttentionSpec
-from distattn.tiles import Axis, Extents, Visits, assemble, union_rows, visit
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.distributed.device_mesh import DeviceMesh
 
-Ints = NDArray[np.int64]
 SCHEDULES = ("direct", "ring")
 # A direct plan holds all guest pages at once; above this many times the rank's own rows, a ring is chosen instead.
 MAX_DIRECT_GUESTS = 2.0
-_NONE = np.zeros(0, np.int64)
 
 # A custom operator takes tensors, numbers and text, so it finds its plan here by name. Plans live as long as they
 # are used.
 plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """One exchange and the tiles that it completes.
-
-    transfers: what to bring into the guest buffer, of ``guest_rows`` rows.
-    table: what the rank's query tiles visit in this stage.
-    """
-
-    transfers: tuple[Transfer, ...]
-    guest_rows: int
-    table: TileTable
-
-
-@dataclass(frozen=True, eq=False)
-class GuestQueries:
-    """Global query rows, which every rank attends with over the pages that it owns.
-
-    positions: int64 [n], ascending: all of them.
-    mine: int64 [m]: those that this rank owns, as rows of its own tokens.
-    transfer: brings all rows' queries; its reverse takes partial results home.
-    table: what the gathered rows visit among this rank's own pages.
-    """
-
-    positions: Ints
-    mine: Ints
-    transfer: Transfer
-    table: TileTable
-
-
-@dataclass(frozen=True, eq=False)
-class Outline:
-    """What does not depend on the layout: the visits of the whole sequence, by distinct pattern.
-
-    sharing: what was taken out. main: Visits of all query tiles and pages, by distinct main pattern.
-    gathered: Visits of all query tiles and gathered pages, by distinct pattern. whole: Visits of guest queries.
-    table_of: by head, its distinct pattern.
-    """
-
-    sharing: Sharing
-    main: tuple[Visits, ...]
-    gathered: tuple[Visits, ...]
-    whole: tuple[Visits, ...]
-    table_of: tuple[int, ...]
-    grid_q: Axis
-    grid_k: Axis
-    guest_q: Axis
-    tiles: Ints
-    pairs: Ints
-    guest_pairs: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +79,8 @@ class Plan:
         return f"{self.key}/{self.rank}/{self.group_name}"
 
     @cached_property
-    def _arena(self) -> _ArenaBuilder:
-        return _ArenaBuilder(self.outline, self.layout, self.kv_heads, self.rank)
+    def _arena(self) -> ArenaBuilder:
+        return ArenaBuilder(self.outline, self.layout, self.kv_heads, self.rank)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -195,14 +135,14 @@ class Plan:
         row = itemsize * (self.head_dim + self.value_dim)
         sent = sum(t.sent_bytes(row, self.rank, self.world_size) for s in self.stages for t in s.transfers)
         if self.guest_queries is not None:
-            transfer, wide = self.guest_queries.transfer, 8 if itemsize == 8 else 4
+            transfer, wide = self.guest_queries.transfer, max(itemsize, 4)
             sent += transfer.sent_bytes(itemsize * self.head_dim, self.rank, self.world_size)
             sent += transfer.returned_bytes(wide * (self.value_dim + 1), self.rank)
         return sent * batch
 
     def sent_bytes_backward(self, itemsize: int, batch: int = 1) -> int:
         """Bytes that this rank sends in a backward pass: gradients go home in float32 (float64 for float64)."""
-        wide = 8 if itemsize == 8 else 4
+        wide = max(itemsize, 4)
         row = self.head_dim + self.value_dim
         transfers = [t for s in self.stages for t in s.transfers]
         sent = sum(t.returned_bytes(wide * row, self.rank) for t in transfers)
@@ -318,7 +258,7 @@ def make_plan(
     return _plan(spec, tuple(numbers.items()), rank, layout, schedule, group_name)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _plan(
     spec: AttentionSpec,
     numbers: tuple[tuple[str, int], ...],
@@ -333,8 +273,10 @@ def _plan(
     if not isinstance(layout, Layout):
         layout = _choose_layout(layout, outline, n)
     if schedule == "auto":
-        owned = np.maximum(_count(_owned_pages(layout, blocks[1])), 1)
-        most = max(float((_count(guests) / owned).max()) for _, guests in guest_pages(outline, layout, n["kv_heads"]))
+        owned = np.maximum(count_rows(owned_pages(layout, blocks[1])), 1)
+        most = max(
+            float((count_rows(guests) / owned).max()) for _, guests in guest_pages(outline, layout, n["kv_heads"])
+        )
         schedule = "ring" if most > MAX_DIRECT_GUESTS else "direct"
     said = repr((spec, numbers, schedule, __version__)).encode() + layout.start.tobytes() + layout.owner.tobytes()
     digest = hashlib.blake2b(said, digest_size=16).hexdigest()
@@ -356,44 +298,8 @@ def _plan(
         tokens=int(layout.tokens()[rank]),
         key=digest,
     )
-    plans[plan.name] = plan
-    return plan
-
-
-@lru_cache(maxsize=16)
-def make_outline(patterns: tuple[Pattern, ...], length: int, blocks: tuple[int, int], world_size: int) -> Outline:
-    """Sorts the tiles of the whole sequence, for every distinct pattern among the heads."""
-    sharing = find_sharing(patterns, length, blocks, world_size)
-    distinct = list(dict.fromkeys(patterns))
-    sample = [patterns.index(pattern) for pattern in distinct]
-    table_of = tuple(distinct.index(pattern) for pattern in patterns)
-    grid_q, grid_k = Axis.grid(length, blocks[0], sharing.queries), Axis.grid(length, blocks[1], sharing.keys)
-    gathered_k = Axis(length, blocks[1], gathered=sharing.keys)
-    guest_q = Axis(length, blocks[0], gathered=sharing.queries)
-    all_k = Axis.grid(length, blocks[1])
-    main = tuple(visit(sharing.main[i], grid_q, grid_k) for i in sample)
-    gathered = tuple(visit(sharing.gathered[i], grid_q, gathered_k) for i in sample) if len(sharing.keys) else ()
-    whole = tuple(visit(sharing.whole[i], guest_q, all_k) for i in sample) if len(sharing.queries) else ()
-    share = np.bincount(table_of, minlength=len(distinct))
-    tiles = sum((n * v.tiles for part in (main, gathered) for n, v in zip(share, part, strict=False)), np.int64(0))
-    pairs = sum(
-        (n * v.pairs(grid_q, blocks[1]) for part in (main, gathered) for n, v in zip(share, part, strict=False)),
-        np.int64(0),
-    )
-    guest_pairs = sum((n * v.pairs(guest_q, blocks[1]) for n, v in zip(share, whole, strict=False)), np.int64(0))
-    return Outline(
-        sharing,
-        main,
-        gathered,
-        whole,
-        table_of,
-        grid_q,
-        grid_k,
-        guest_q,
-        np.atleast_1d(tiles),
-        np.atleast_1d(pairs),
-        np.atleast_1d(guest_pairs),
-    )
+    # Equal plans are one object, so that a name never outlives the plan that it was given to.
+    return plans.setdefault(plan.name, plan)
 
 
 def _choose_layout(name: str, outline: Outline, n: dict[str, Any]) -> Layout:
@@ -416,236 +322,3 @@ def _choose_layout(name: str, outline: Outline, n: dict[str, Any]) -> Layout:
             best = (time, layout)
     assert best is not None
     return best[1]
-
-
-def rank_work(
-    outline: Outline, layout: Layout, kv_heads: int, head_dim: int, value_dim: int, itemsize: int
-) -> list[Work]:
-    """What each rank computes, sends and receives in a forward pass of a batch of one."""
-    world_size, heads = layout.world_size, len(outline.table_of)
-    tile_owner, page_owner = layout.owners(outline.grid_q.block), layout.owners(outline.grid_k.block)
-    share = layout.tokens() / layout.seq_len
-    guest_tiles = sum(int(v.tiles.sum()) * outline.table_of.count(i) for i, v in enumerate(outline.whole))
-    tiles = np.bincount(tile_owner, outline.tiles, world_size) + guest_tiles * share
-    pairs = np.bincount(tile_owner, outline.pairs, world_size) + float(outline.guest_pairs.sum()) * share
-    sent, received, guest_rows = np.zeros((3, world_size))
-    row_bytes = itemsize * (head_dim + value_dim)
-    for group, guests in guest_pages(outline, layout, kv_heads):
-        page_bytes = len(group) * outline.grid_k.block * row_bytes
-        received += _count(guests) * page_bytes
-        guest_rows = np.maximum(guest_rows, _count(guests) * outline.grid_k.block)
-        # How many ranks need each page, from the ends of the intervals: linear in intervals and pages.
-        begin = np.bincount(guests.start, minlength=len(page_owner) + 1)
-        needed = np.cumsum(begin - np.bincount(guests.stop, minlength=len(page_owner) + 1))[:-1]
-        sent += np.bincount(page_owner, needed, world_size) * page_bytes
-    if world_size > 1:
-        keys, queries = outline.sharing.keys, outline.sharing.queries
-        for positions, there, back in (
-            (keys, kv_heads * row_bytes, 0),
-            (queries, heads * itemsize * head_dim, heads * 4 * (value_dim + 1)),
-        ):
-            owned = np.bincount(layout.owner_of(positions), minlength=world_size)
-            others = len(positions) - owned
-            sent += owned * (world_size - 1) * there + others * back
-            received += others * there + owned * (world_size - 1) * back
-    guest_rows += len(outline.sharing.keys)
-    tile_flops = 2 * outline.grid_q.block * outline.grid_k.block * (head_dim + value_dim)
-    return [
-        Work(
-            tiles=float(tiles[r]),
-            pairs=float(pairs[r]),
-            flops=float(tiles[r]) * tile_flops,
-            bytes_sent=float(sent[r]),
-            bytes_received=float(received[r]),
-            guest_rows=float(guest_rows[r]),
-        )
-        for r in range(world_size)
-    ]
-
-
-def _kv_groups(table_of: Sequence[int], kv_heads: int) -> list[tuple[int, ...]]:
-    """Key/value heads whose query heads have the same patterns: they need the same pages."""
-    share = len(table_of) // kv_heads
-    groups: dict[frozenset[int], list[int]] = {}
-    for head in range(kv_heads):
-        groups.setdefault(frozenset(table_of[head * share : (head + 1) * share]), []).append(head)
-    return [tuple(heads) for heads in groups.values()]
-
-
-def guest_pages(outline: Outline, layout: Layout, kv_heads: int) -> list[tuple[tuple[int, ...], Spans]]:
-    """By group of key/value heads, the pages that each rank visits and does not own. A row for each rank."""
-    share = len(outline.table_of) // kv_heads
-    tile_owner = layout.owners(outline.grid_q.block)
-    absent = sp.complement(_owned_pages(layout, outline.grid_k.block), outline.grid_k.blocks)
-    out = []
-    for heads in _kv_groups(outline.table_of, kv_heads):
-        need = sp.empty(layout.world_size)
-        for table in sorted({outline.table_of[h * share + i] for h in heads for i in range(share)}):
-            visits = outline.main[table]
-            single = sp.from_sorted(visits.row, visits.page, visits.page + 1, visits.full.rows)
-            for part in (visits.full, single):
-                need = sp.union(need, union_rows(part, tile_owner, layout.world_size))
-        out.append((heads, sp.intersect(need, absent)))
-    return out
-
-
-def _owned_pages(layout: Layout, block: int) -> Spans:
-    """Pages of each rank, a row for each."""
-    order = np.lexsort((layout.start, layout.owner))
-    return sp.from_sorted(
-        layout.owner[order], layout.start[order] // block, -(-layout.stop[order] // block), layout.world_size
-    )
-
-
-def _count(spans: Spans) -> Ints:
-    """int64 [rows]: positions in the intervals of each row."""
-    return np.bincount(spans.row_of(), spans.stop - spans.start, spans.rows).astype(np.int64)
-
-
-def _row(spans: Spans, row: int) -> Ints:
-    """Every position in the intervals of one row."""
-    part = slice(spans.ptr[row], spans.ptr[row + 1])
-    return sp.concat_ranges(spans.start[part], spans.stop[part] - spans.start[part])
-
-
-class _ArenaBuilder:
-    """Lays out one rank's arena, stage by stage."""
-
-    def __init__(self, outline: Outline, layout: Layout, kv_heads: int, rank: int) -> None:
-        self.outline, self.layout, self.kv_heads, self.rank = outline, layout, kv_heads, rank
-        self.blocks = (outline.grid_q.block, outline.grid_k.block)
-        self.world_size = layout.world_size
-        groups = guest_pages(outline, layout, kv_heads)
-        self.kv_groups = [heads for heads, _ in groups]
-        self.guests = [guests for _, guests in groups]
-        self.page_owner = layout.owners(self.blocks[1])
-        self.my_tiles = np.flatnonzero(layout.owners(self.blocks[0]) == rank)
-        self.my_pages = np.flatnonzero(self.page_owner == rank)
-        self.own = Extents.of(self.my_pages, 0)
-        self.heads = len(outline.table_of)
-        self.gathered_pages = -(-len(outline.sharing.keys) // self.blocks[1])
-
-    def stages(self, schedule: str) -> tuple[Stage, ...]:
-        shared = self._gather(self.outline.sharing.keys, tuple(range(self.kv_heads)))
-        everyone = [r for r in range(self.world_size) if r != self.rank]
-        if schedule == "direct":
-            return (self._stage(everyone, own=True, shared=shared, bulk=True),)
-        first = self._stage([], own=True, shared=shared, bulk=False)
-        # In stage s this rank receives from the one s before it, and sends to the one s after it.
-        rest = [
-            self._stage([(self.rank - s) % self.world_size], False, None, False, s) for s in range(1, self.world_size)
-        ]
-        return (first, *rest)
-
-    def guest_queries(self) -> GuestQueries | None:
-        positions = self.outline.sharing.queries
-        if not len(positions):
-            return None
-        transfer = self._gather(positions, tuple(range(self.heads)))
-        assert transfer is not None
-        parts = [[(visits, self.own)] for visits in self.outline.whole]
-        table = assemble(parts, self.outline.table_of, self.outline.guest_q.blocks, self.blocks, len(self.my_pages), 0)
-        mine = self._local(positions[self.layout.owner_of(positions) == self.rank])
-        return GuestQueries(positions, mine, transfer, table)
-
-    def _stage(
-        self, sources: list[int], own: bool, shared: Transfer | None, bulk: bool, distance: int | None = None
-    ) -> Stage:
-        """The stage in which this rank holds guest pages of ``sources``."""
-        base = self.gathered_pages if own else 0
-        sends: list[Message] = []
-        receives: list[Message] = []
-        extents: list[Extents] = []
-        guest_pages = base
-        for group, guests in zip(self.kv_groups, self.guests, strict=True):
-            pages = _row(guests, self.rank)
-            pages = pages[np.isin(self.page_owner[pages], sources)]
-            guest = Extents.of(pages, len(self.my_pages) + base)
-            extents.append(self.own.joined(guest) if own else guest)
-            guest_pages = max(guest_pages, base + len(pages))
-            for peer in sources:
-                which = np.flatnonzero(self.page_owner[pages] == peer)
-                if len(which):
-                    receives.append(Message(peer, group, self._page_rows(base + which, pages[which])))
-            targets = sources if distance is None else [(self.rank + distance) % self.world_size]
-            for peer in targets:
-                wanted = _row(guests, peer)
-                wanted = wanted[self.page_owner[wanted] == self.rank]
-                if len(wanted):
-                    sends.append(Message(peer, group, self._page_rows(np.searchsorted(self.my_pages, wanted), wanted)))
-        sends.sort(key=lambda m: m.peer)
-        receives.sort(key=lambda m: m.peer)
-        transfers = [] if shared is None or not own else [shared]
-        if self.world_size > 1 and (sources or distance is not None):
-            transfers.append(Transfer(self._kind(bulk), tuple(sends), tuple(receives)))
-        return Stage(tuple(transfers), guest_pages * self.blocks[1], self._table(extents, own, guest_pages))
-
-    def _kind(self, bulk: bool) -> str:
-        """Pairs where every rank talks to few others, a collective otherwise; the same answer on all ranks."""
-        if not bulk:
-            return "neighbours"
-        talks = np.zeros((self.world_size, self.world_size), np.bool_) if self.world_size <= 4096 else None
-        if talks is None:
-            return "all_to_all"
-        for guests in self.guests:
-            row = guests.row_of()
-            first = np.searchsorted(self.layout.stop, guests.start * self.blocks[1], side="right")
-            last = np.searchsorted(self.layout.start, guests.stop * self.blocks[1], side="left")
-            count = last - first
-            talks[np.repeat(row, count), self.layout.owner[sp.concat_ranges(first, count)]] = True
-        return "neighbours" if talks.sum(axis=1).max() <= 2 and talks.sum(axis=0).max() <= 2 else "all_to_all"
-
-    def _table(self, extents: list[Extents], own: bool, guest_pages: int) -> TileTable:
-        """Tables by (distinct pattern, group of key/value heads), since a group has its own guest pages."""
-        share = self.heads // self.kv_heads
-        group_of = {head: g for g, heads in enumerate(self.kv_groups) for head in heads}
-        pairs = [(table, group_of[h // share]) for h, table in enumerate(self.outline.table_of)]
-        distinct = list(dict.fromkeys(pairs))
-        mine = [visits.rows(self.my_tiles) for visits in self.outline.main]
-        gathered = [visits.rows(self.my_tiles) for visits in self.outline.gathered] if own else []
-        at_gathered = Extents.of(np.arange(self.gathered_pages), len(self.my_pages))
-        parts = []
-        for table, group in distinct:
-            part = [(mine[table], extents[group])]
-            if gathered:
-                part.append((gathered[table], at_gathered))
-            parts.append(part)
-        return assemble(
-            parts,
-            [distinct.index(pair) for pair in pairs],
-            len(self.my_tiles),
-            self.blocks,
-            len(self.my_pages),
-            guest_pages,
-        )
-
-    def _page_rows(self, at: Ints, pages: Ints) -> Ints:
-        """Runs of buffer rows of pages that lie at page slots ``at``; the sequence's last page may be short."""
-        block = self.blocks[1]
-        length = np.minimum(block, self.layout.seq_len - pages * block)
-        return join_runs(at * block, at * block + length)
-
-    def _local(self, positions: Ints) -> Ints:
-        """Positions that this rank owns, as rows of its own tokens."""
-        mine = self.layout.owner == self.rank
-        start, size = self.layout.start[mine], (self.layout.stop - self.layout.start)[mine]
-        segment = np.searchsorted(start, positions, side="right") - 1
-        return (np.cumsum(size) - size)[segment] + positions - start[segment] if len(positions) else _NONE
-
-    def _gather(self, positions: Ints, heads: tuple[int, ...]) -> Transfer | None:
-        """Brings rows of scattered positions to every rank, in order, to the front of a buffer."""
-        if not len(positions):
-            return None
-        owner = self.layout.owner_of(positions)
-        counts = np.bincount(owner, minlength=self.world_size)
-        local = self._local(positions[owner == self.rank])
-        send_rows = join_runs(local, local + 1)
-        receives = []
-        for peer in np.flatnonzero(counts):
-            at = np.flatnonzero(owner == peer)
-            receives.append(Message(int(peer), heads, join_runs(at, at + 1)))
-        # Padding is cheap where ranks hold similarly many rows; otherwise each sends just its own.
-        if counts.max() * self.world_size <= 2 * counts.sum():
-            return Transfer("all_gather", (Message(self.rank, heads, send_rows),), tuple(receives), int(counts.max()))
-        sends = [Message(peer, heads, send_rows) for peer in range(self.world_size)] if len(local) else []
-        return Transfer("all_to_all", tuple(sends), tuple(receives))

@@ -9,7 +9,7 @@ matter of cost alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,8 +95,8 @@ def _leaves(pattern: Pattern) -> list[Pattern]:
     return found
 
 
-def _union(parts: object) -> Ints:
-    every = [np.asarray(part, np.int64) for part in parts]  # type: ignore[attr-defined]
+def _union(parts: Iterable[Ints]) -> Ints:
+    every = [np.asarray(part, np.int64) for part in parts]
     return np.unique(np.concatenate(every)) if every else _NONE
 
 

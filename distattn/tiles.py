@@ -8,121 +8,19 @@ the pattern gives the same label.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distattn import spans as sp
+from distattn.axis import Axis
 from distattn.kernels.table import KeyTable, TileTable
+from distattn.masks import make_masks, unique_masks
 from distattn.patterns import Pattern
 from distattn.spans import Ints, Spans
 
-# Masks are evaluated on about this many (query, key) pairs at a time.
-_PAIRS_AT_ONCE = 1 << 20
-# Masks of intervals are made this many at a time, which stays in the cache.
-_MASKS_AT_ONCE = 128
 _NONE = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """Blocks of positions along one side of the score matrix: runs, or gathered positions.
-
-    Attributes:
-        length: of the whole sequence.
-        block: positions of a block; the last one may hold fewer.
-        first: int64 [blocks], where each block's run begins; None for gathered positions.
-        gathered: int64 [n], ascending; block i holds entries ``i * block ...``; None for runs.
-        skip: int64 [n], ascending: positions that this axis leaves out, as if they were not in their blocks.
-    """
-
-    length: int
-    block: int
-    first: Ints | None = None
-    gathered: Ints | None = None
-    skip: Ints = field(default_factory=lambda: _NONE)
-
-    @staticmethod
-    def grid(length: int, block: int, skip: Ints = _NONE) -> Axis:
-        """All positions of the sequence, block by block."""
-        return Axis(length, block, first=np.arange(0, length, block, dtype=np.int64), skip=skip)
-
-    @property
-    def blocks(self) -> int:
-        if self.first is not None:
-            return len(self.first)
-        return -(-len(self._gathered) // self.block)
-
-    @property
-    def _gathered(self) -> Ints:
-        assert self.gathered is not None
-        return self.gathered
-
-    def positions(self, blocks: Ints, clip: bool = True) -> Ints:
-        """int64 [n, block]: the positions of blocks, -1 where there is none or where it is left out.
-
-        ``clip=False`` lets a run go on beyond the sequence."""
-        at = np.arange(self.block)
-        if self.first is not None:
-            out = self.first[blocks][:, None] + at
-            if clip:
-                out[out >= self.length] = -1
-        else:
-            index = blocks[:, None] * self.block + at
-            inside = index < len(self._gathered)
-            out = np.where(inside, self._gathered[np.where(inside, index, 0)], -1)
-        if self.skip.size:
-            out[_contains(self.skip, out)] = -1
-        return out
-
-    def irregular(self) -> NDArray[np.bool_]:
-        """bool [blocks]: blocks that are not a whole run of ``block`` positions."""
-        out = np.zeros(self.blocks, np.bool_)
-        if self.first is not None:
-            out |= self.first + self.block > self.length
-            if self.skip.size and self.blocks:
-                block_of = np.searchsorted(self.first, self.skip, side="right") - 1
-                block_of = np.maximum(block_of, 0)
-                inside = (self.skip >= self.first[block_of]) & (self.skip < self.first[block_of] + self.block)
-                out[block_of[inside]] = True
-        elif self.blocks:
-            out[-1] = len(self._gathered) % self.block > 0
-        return out
-
-    def bounds(self, pattern: Pattern, grain: int) -> tuple[Spans, Spans]:
-        """(support, full) of the blocks as query tiles: intervals of key positions."""
-        if self.first is not None:
-            return pattern.spans(self.first, np.minimum(self.first + self.block, self.length), self.length, grain)
-        support, full = pattern.spans(self._gathered, self._gathered + 1, self.length, grain)
-        block_of = np.arange(len(self._gathered)) // self.block
-        absent = sp.complement(full, self.length)
-        return (
-            union_rows(support, block_of, self.blocks),
-            sp.complement(union_rows(absent, block_of, self.blocks), self.length),
-        )
-
-    def pages(self, keys: Spans, whole: bool) -> Spans:
-        """Intervals of positions as intervals of this axis's blocks: those inside them, or those that they touch."""
-        start, stop = keys.start, keys.stop
-        if self.first is None:
-            start, stop = np.searchsorted(self._gathered, start), np.searchsorted(self._gathered, stop)
-            touches_end = stop == len(self._gathered)
-        if whole:
-            start, stop = -(-start // self.block), stop // self.block
-            if self.first is None:
-                # A short last block is whole when all that it holds is.
-                stop = np.where(touches_end, self.blocks, stop)
-        else:
-            start, stop = start // self.block, np.where(stop > start, -(-stop // self.block), start // self.block)
-        return sp.from_sorted(keys.row_of(), start, stop, keys.rows)
-
-
-def union_rows(spans: Spans, group: Ints, groups: int) -> Spans:
-    """The union of the rows of each group. group int64 [rows] gives each row's group."""
-    row = group[spans.row_of()]
-    order = np.argsort(row * (int(spans.stop.max(initial=0)) + 1) + spans.start, kind="stable")
-    return sp.from_sorted(row[order], spans.start[order], spans.stop[order], groups)
 
 
 def difference(a: Spans, b: Spans, length: int) -> Spans:
@@ -207,16 +105,8 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
         row, page, label = row[~whole], page[~whole], label[~whole]
     _, sample, mask = np.unique(label, return_index=True, return_inverse=True)
 
-    intervals = _intervals(pattern, queries, keys, row[sample], page[sample])
-    if intervals is None:
-        masks = _bit_masks(pattern, queries, keys, row[sample], page[sample])
-        masks, mask = unique_masks(masks, mask)
-        allowed = np.bitwise_count(masks).sum(axis=(1, 2), dtype=np.int64)
-    else:
-        # Equal masks are found while they are still intervals, and only the distinct ones are made.
-        first, same = _distinct(intervals.reshape(len(intervals), 2 * queries.block))
-        masks, mask = _interval_masks(intervals[first], keys.block), same[mask]
-        allowed = (intervals[first, :, 1] - intervals[first, :, 0]).sum(axis=1, dtype=np.int64)
+    masks, same, allowed = make_masks(pattern, queries, keys, row[sample], page[sample])
+    mask = same[mask]
     promoted = (allowed == queries.block * keys.block)[mask]
     if promoted.any() or not allowed.all():
         full = _add_pages(full, row[promoted], page[promoted])
@@ -271,93 +161,6 @@ def _add_pages(full: Spans, row: Ints, page: Ints) -> Spans:
         return full
     # Sorted by row and page, as candidates are.
     return sp.union(full, sp.from_sorted(row, page, page + 1, full.rows))
-
-
-def _contains(values: Ints, x: Ints) -> NDArray[np.bool_]:
-    """Whether each x is among the ascending values."""
-    at = np.minimum(np.searchsorted(values, x), len(values) - 1)
-    found: NDArray[np.bool_] = values[at] == x
-    return found
-
-
-def _bit_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.uint32]:
-    """uint32 [n, block_q, ceil(block_k / 32)]: the masks of tiles, from the definition of the pattern."""
-    words = -(-keys.block // 32)
-    out = np.zeros((len(row), queries.block, words), np.uint32)
-    step = max(1, _PAIRS_AT_ONCE // (queries.block * keys.block))
-    for i in range(0, len(row), step):
-        # Rows beyond the sequence are never written; keeping them lets a short tile share the masks of whole ones.
-        q = queries.positions(row[i : i + step], clip=False)[:, :, None]
-        k = keys.positions(page[i : i + step])[:, None, :]
-        allowed = pattern.allows(np.maximum(q, 0), np.maximum(k, 0)) & (q >= 0) & (k >= 0)
-        packed = np.packbits(allowed, axis=-1, bitorder="little")
-        out[i : i + step].view(np.uint8)[..., : packed.shape[-1]] = packed
-    return out
-
-
-def _intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.int16] | None:
-    """int16 [n, block_q, 2]: the columns [start, stop) of each page that its tile's rows attend to.
-
-    None where a row may attend to anything but one interval."""
-    if queries.first is None or keys.first is None or queries.skip.size or keys.skip.size:
-        return None
-    if keys.block >= 1 << 15 or keys.length >= 1 << 31:
-        # Beyond the small integers that make this quick.
-        return None
-    # Many masks share a query tile: its rows are looked up once.
-    tiles, tile = np.unique(row, return_inverse=True)
-    intervals = pattern.row_interval((queries.first[tiles][:, None] + np.arange(queries.block)).ravel())
-    if intervals is None:
-        return None
-    low, high = (np.minimum(x, queries.length).astype(np.int32).reshape(len(tiles), queries.block) for x in intervals)
-    k0 = keys.first[page].astype(np.int32)[:, None]
-    width = np.minimum(keys.block, keys.length - k0).astype(np.int32)
-    out = np.empty((len(row), queries.block, 2), np.int16)
-    for i in range(0, len(row), _MASKS_AT_ONCE):
-        some = slice(i, i + _MASKS_AT_ONCE)
-        start, stop = np.maximum(low[tile[some]] - k0[some], 0), np.minimum(high[tile[some]] - k0[some], width[some])
-        # Every empty interval is written alike.
-        inside = stop > start
-        np.multiply(start, inside, out=out[some, :, 0], casting="unsafe")
-        np.multiply(stop, inside, out=out[some, :, 1], casting="unsafe")
-    return out
-
-
-def _interval_masks(intervals: NDArray[np.int16], block: int) -> NDArray[np.uint32]:
-    """uint32 [n, rows, ceil(block / 32)]: the bits [start, stop) of each row."""
-    # Row n of the lookup has its n lowest bits set; what lies between two of them is their difference.
-    below = np.packbits(np.tri(block + 1, -(-block // 32) * 32, -1, np.bool_), axis=-1, bitorder="little")
-    # complex128 is the quickest thing of 16 bytes to take.
-    lookup = below.view(np.complex128 if below.shape[1] == 16 else np.dtype((np.void, below.shape[1]))).ravel()
-    out = np.empty((*intervals.shape[:2], below.shape[1] // 4), np.uint32)
-    for i in range(0, len(out), _MASKS_AT_ONCE):
-        start, stop = (intervals[i : i + _MASKS_AT_ONCE, :, side].astype(np.int64) for side in (0, 1))
-        first, last = (lookup.take(x).view(np.uint32).reshape(*x.shape, -1) for x in (start, stop))
-        np.bitwise_xor(first, last, out=out[i : i + _MASKS_AT_ONCE])
-    return out
-
-
-def unique_masks(masks: NDArray[np.uint32], mask: Ints) -> tuple[NDArray[np.uint32], Ints]:
-    """Stores equal masks once, and drops those that no entry of ``mask`` names."""
-    first, same = _distinct(masks.reshape(len(masks), masks.shape[1] * masks.shape[2]))
-    kept, mask = np.unique(same[mask], return_inverse=True)
-    first = first[kept]
-    return masks if len(first) == len(masks) and (first == np.arange(len(masks))).all() else masks[first], mask
-
-
-def _distinct(rows: NDArray[np.integer]) -> tuple[Ints, Ints]:
-    """(the first row of each kind, the kind of every row), of integers [n, width]."""
-    wide = rows.view(np.uint64) if rows.shape[1] * rows.itemsize % 8 == 0 else rows.astype(np.uint64)
-    # A hash finds the candidates; only true equality merges them.
-    weights = np.random.default_rng(0).integers(1, 1 << 63, wide.shape[1], dtype=np.uint64) | np.uint64(1)
-    code = np.einsum("nw,w->n", wide, weights)
-    _, first, kind = np.unique(code, return_index=True, return_inverse=True)
-    target = np.arange(len(rows))
-    others = np.flatnonzero(first[kind] != target)
-    twins = others[(wide[others] == wide[first[kind[others]]]).all(axis=1)]
-    target[twins] = first[kind[twins]]
-    kept = np.flatnonzero(target == np.arange(len(rows)))
-    return kept, np.searchsorted(kept, target)
 
 
 @dataclass(frozen=True, eq=False)

@@ -193,12 +193,12 @@ def _mask(scores: Tensor, table: TileTable, masks: NDArray[np.int64], group: int
     n, partial = masks.shape
     if partial == 0:
         return
-    dictionary = table.mask_bool.to(scores.device)
     columns = scores.view(n, table.block_q, group, -1)[..., : partial * table.block_k]
     columns = columns.unflatten(-1, (partial, table.block_k))
     if n > 1 and (masks == masks[0]).all():
         masks = masks[:1]
-    forbidden = ~dictionary[_index(masks, scores)]
+    # Chosen before it is moved: the dictionary may be large.
+    forbidden = ~table.mask_bool[torch.from_numpy(masks)].to(scores.device)
     columns.masked_fill_(forbidden.transpose(1, 2).unsqueeze(2), -torch.inf)
 
 

@@ -21,9 +21,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from distattn.axis import Axis
 from distattn.kernels.table import TileTable
 from distattn.patterns import Causal, Dense, Documents, GlobalTokens, Pattern, SlidingWindow
-from distattn.tiles import Axis, Extents, assemble, transpose, visit
+from distattn.tiles import Extents, assemble, transpose, visit
 
 MILLION = 1 << 20
 WINDOW = Causal() & (SlidingWindow(4095, 0) | GlobalTokens(range(64)))

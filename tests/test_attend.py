@@ -281,7 +281,10 @@ def test_operators_pass_opcheck(plan: Plan) -> None:
     torch.library.opcheck(torch.ops.distattn.attend.default, (*tensors(plan), plan.name, 0.2))
 
 
-def test_compiles_into_one_graph(plan: Plan) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_compiles_into_one_graph(schedule: str) -> None:
+    spec = AttentionSpec(SlidingWindow(9, 9) | GlobalTokens(range(0, 60, 17)))
+    plan = make_plan(spec, 61, heads=4, kv_heads=2, head_dim=32, block_q=16, block_k=16, schedule=schedule)
     q, k, v = tensors(plan)
     compiled = torch.compile(lambda q, k, v: attend(q * 2, k, v, plan).sin(), backend="aot_eager", fullgraph=True)
     plain = attend(q * 2, k, v, plan).sin()

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from distattn import reference
+from distattn.axis import Axis
 from distattn.kernels.attention import Pages, attention_backward, attention_forward, merge
 from distattn.kernels.table import TileTable
 from distattn.patterns import Causal, Pattern, SlidingWindow, Strided
-from distattn.tiles import Axis, Extents, assemble, visit
+from distattn.tiles import Extents, assemble, visit
 
 BLOCK, LENGTH, HEADS, KV_HEADS, DIM = 8, 300, 4, 2, 16
 PAGES = -(-LENGTH // BLOCK)

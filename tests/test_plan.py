@@ -1,6 +1,7 @@
 """Plans on paper: what they say, and what they refuse."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ def test_equal_arguments_give_the_same_plan() -> None:
     other = on_paper(presets.mistral(101), 1000, 2)
     assert other.key != first.key
     assert on_paper(presets.mistral(100), 1000, 2, rank=1).key == first.key
+
+
+def test_plans_made_in_two_ways_are_one_object() -> None:
+    first = on_paper(presets.mistral(100), 1000, 2)
+    assert on_paper(presets.mistral(100), 1000, 2, layout=first.layout) is first
 
 
 def test_what_ranks_send_is_what_the_others_receive() -> None:
@@ -139,6 +145,10 @@ def test_a_plan_can_share_the_layout_of_another() -> None:
 def test_impossible_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(presets.dense(), 100, **SIZES | change)
+    with pytest.raises(ValueError, match="mesh has 2 dimensions; expected one"):
+        make_plan(presets.dense(), 100, mesh=SimpleNamespace(ndim=2), **SIZES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not both"):
+        make_plan(presets.dense(), 100, mesh=SimpleNamespace(ndim=1), world_size=2, **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected an AttentionSpec"):
         make_plan(Causal(), 100, **SIZES)  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distattn.axis import Axis
 from distattn.kernels.table import KeyTable, TileTable
 from distattn.patterns import (
     BlockSparse,
@@ -24,7 +25,7 @@ from distattn.patterns import (
     Strided,
 )
 from distattn.sharing import find_sharing
-from distattn.tiles import Axis, Extents, Visits, assemble, transpose, visit
+from distattn.tiles import Extents, Visits, assemble, transpose, visit
 
 LENGTH = 75
 small = st.integers(0, 20)

@@ -1,0 +1,195 @@
+"""One rank's arena, stage by stage: which pages come from whom, where they lie, and what its query tiles visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distattn import spans as sp
+from distattn.kernels.table import TileTable
+from distattn.layout import Layout
+from distattn.messages import Message, Transfer, join_runs
+from distattn.outline import Outline, guest_pages
+from distattn.spans import Ints, Spans
+from distattn.tiles import Extents, assemble
+
+_NONE = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One exchange and the tiles that it completes.
+
+    transfers: what to bring into the guest buffer, of ``guest_rows`` rows.
+    table: what the rank's query tiles visit in this stage.
+    """
+
+    transfers: tuple[Transfer, ...]
+    guest_rows: int
+    table: TileTable
+
+
+@dataclass(frozen=True, eq=False)
+class GuestQueries:
+    """Global query rows, which every rank attends with over the pages that it owns.
+
+    positions: int64 [n], ascending: all of them.
+    mine: int64 [m]: those that this rank owns, as rows of its own tokens.
+    transfer: brings all rows' queries; its reverse takes partial results home.
+    table: what the gathered rows visit among this rank's own pages.
+    """
+
+    positions: Ints
+    mine: Ints
+    transfer: Transfer
+    table: TileTable
+
+
+class ArenaBuilder:
+    """Lays out one rank's arena, stage by stage."""
+
+    def __init__(self, outline: Outline, layout: Layout, kv_heads: int, rank: int) -> None:
+        self.outline, self.layout, self.kv_heads, self.rank = outline, layout, kv_heads, rank
+        self.blocks = (outline.grid_q.block, outline.grid_k.block)
+        self.world_size = layout.world_size
+        groups = guest_pages(outline, layout, kv_heads)
+        self.kv_groups = [heads for heads, _ in groups]
+        self.guests = [guests for _, guests in groups]
+        self.page_owner = layout.owners(self.blocks[1])
+        self.my_tiles = np.flatnonzero(layout.owners(self.blocks[0]) == rank)
+        self.my_pages = np.flatnonzero(self.page_owner == rank)
+        self.own = Extents.of(self.my_pages, 0)
+        self.heads = len(outline.table_of)
+        self.gathered_pages = -(-len(outline.sharing.keys) // self.blocks[1])
+
+    def stages(self, schedule: str) -> tuple[Stage, ...]:
+        shared = self._gather(self.outline.sharing.keys, tuple(range(self.kv_heads)))
+        everyone = [r for r in range(self.world_size) if r != self.rank]
+        if schedule == "direct":
+            return (self._stage(everyone, own=True, shared=shared, bulk=True),)
+        first = self._stage([], own=True, shared=shared, bulk=False)
+        # In stage s this rank receives from the one s before it, and sends to the one s after it.
+        rest = [
+            self._stage([(self.rank - s) % self.world_size], False, None, False, s) for s in range(1, self.world_size)
+        ]
+        return (first, *rest)
+
+    def guest_queries(self) -> GuestQueries | None:
+        positions = self.outline.sharing.queries
+        if not len(positions):
+            return None
+        transfer = self._gather(positions, tuple(range(self.heads)))
+        assert transfer is not None
+        parts = [[(visits, self.own)] for visits in self.outline.whole]
+        table = assemble(parts, self.outline.table_of, self.outline.guest_q.blocks, self.blocks, len(self.my_pages), 0)
+        mine = self._local(positions[self.layout.owner_of(positions) == self.rank])
+        return GuestQueries(positions, mine, transfer, table)
+
+    def _stage(
+        self, sources: list[int], own: bool, shared: Transfer | None, bulk: bool, distance: int | None = None
+    ) -> Stage:
+        """The stage in which this rank holds guest pages of ``sources``."""
+        base = self.gathered_pages if own else 0
+        sends: list[Message] = []
+        receives: list[Message] = []
+        extents: list[Extents] = []
+        guest_pages = base
+        for group, guests in zip(self.kv_groups, self.guests, strict=True):
+            pages = _row(guests, self.rank)
+            pages = pages[np.isin(self.page_owner[pages], sources)]
+            guest = Extents.of(pages, len(self.my_pages) + base)
+            extents.append(self.own.joined(guest) if own else guest)
+            guest_pages = max(guest_pages, base + len(pages))
+            for peer in sources:
+                which = np.flatnonzero(self.page_owner[pages] == peer)
+                if len(which):
+                    receives.append(Message(peer, group, self._page_rows(base + which, pages[which])))
+            targets = sources if distance is None else [(self.rank + distance) % self.world_size]
+            for peer in targets:
+                wanted = _row(guests, peer)
+                wanted = wanted[self.page_owner[wanted] == self.rank]
+                if len(wanted):
+                    sends.append(Message(peer, group, self._page_rows(np.searchsorted(self.my_pages, wanted), wanted)))
+        sends.sort(key=lambda m: m.peer)
+        receives.sort(key=lambda m: m.peer)
+        transfers = [] if shared is None or not own else [shared]
+        if self.world_size > 1 and (sources or distance is not None):
+            transfers.append(Transfer(self._kind(bulk), tuple(sends), tuple(receives)))
+        return Stage(tuple(transfers), guest_pages * self.blocks[1], self._table(extents, own, guest_pages))
+
+    def _kind(self, bulk: bool) -> str:
+        """Pairs where every rank talks to few others, a collective otherwise; the same answer on all ranks."""
+        if not bulk:
+            return "neighbours"
+        talks = np.zeros((self.world_size, self.world_size), np.bool_) if self.world_size <= 4096 else None
+        if talks is None:
+            return "all_to_all"
+        for guests in self.guests:
+            row = guests.row_of()
+            first = np.searchsorted(self.layout.stop, guests.start * self.blocks[1], side="right")
+            last = np.searchsorted(self.layout.start, guests.stop * self.blocks[1], side="left")
+            count = last - first
+            talks[np.repeat(row, count), self.layout.owner[sp.concat_ranges(first, count)]] = True
+        return "neighbours" if talks.sum(axis=1).max() <= 2 and talks.sum(axis=0).max() <= 2 else "all_to_all"
+
+    def _table(self, extents: list[Extents], own: bool, guest_pages: int) -> TileTable:
+        """Tables by (distinct pattern, group of key/value heads), since a group has its own guest pages."""
+        share = self.heads // self.kv_heads
+        group_of = {head: g for g, heads in enumerate(self.kv_groups) for head in heads}
+        pairs = [(table, group_of[h // share]) for h, table in enumerate(self.outline.table_of)]
+        distinct = list(dict.fromkeys(pairs))
+        mine = [visits.rows(self.my_tiles) for visits in self.outline.main]
+        gathered = [visits.rows(self.my_tiles) for visits in self.outline.gathered] if own else []
+        at_gathered = Extents.of(np.arange(self.gathered_pages), len(self.my_pages))
+        parts = []
+        for table, group in distinct:
+            part = [(mine[table], extents[group])]
+            if gathered:
+                part.append((gathered[table], at_gathered))
+            parts.append(part)
+        return assemble(
+            parts,
+            [distinct.index(pair) for pair in pairs],
+            len(self.my_tiles),
+            self.blocks,
+            len(self.my_pages),
+            guest_pages,
+        )
+
+    def _page_rows(self, at: Ints, pages: Ints) -> Ints:
+        """Runs of buffer rows of pages that lie at page slots ``at``; the sequence's last page may be short."""
+        block = self.blocks[1]
+        length = np.minimum(block, self.layout.seq_len - pages * block)
+        return join_runs(at * block, at * block + length)
+
+    def _local(self, positions: Ints) -> Ints:
+        """Positions that this rank owns, as rows of its own tokens."""
+        mine = self.layout.owner == self.rank
+        start, size = self.layout.start[mine], (self.layout.stop - self.layout.start)[mine]
+        segment = np.searchsorted(start, positions, side="right") - 1
+        return (np.cumsum(size) - size)[segment] + positions - start[segment] if len(positions) else _NONE
+
+    def _gather(self, positions: Ints, heads: tuple[int, ...]) -> Transfer | None:
+        """Brings rows of scattered positions to every rank, in order, to the front of a buffer."""
+        if not len(positions):
+            return None
+        owner = self.layout.owner_of(positions)
+        counts = np.bincount(owner, minlength=self.world_size)
+        local = self._local(positions[owner == self.rank])
+        send_rows = join_runs(local, local + 1)
+        receives = []
+        for peer in np.flatnonzero(counts):
+            at = np.flatnonzero(owner == peer)
+            receives.append(Message(int(peer), heads, join_runs(at, at + 1)))
+        # Padding is cheap where ranks hold similarly many rows; otherwise each sends just its own.
+        if counts.max() * self.world_size <= 2 * counts.sum():
+            return Transfer("all_gather", (Message(self.rank, heads, send_rows),), tuple(receives), int(counts.max()))
+        sends = [Message(peer, heads, send_rows) for peer in range(self.world_size)] if len(local) else []
+        return Transfer("all_to_all", tuple(sends), tuple(receives))
+
+
+def _row(spans: Spans, row: int) -> Ints:
+    """Every position in the intervals of one row."""
+    part = slice(spans.ptr[row], spans.ptr[row + 1])
+    return sp.concat_ranges(spans.start[part], spans.stop[part] - spans.start[part])
