@@ -1,38 +1,51 @@
 """Child processes for ranks: they are started, heard, and ended here, and they never outlive their parent.
 
-A child is a fresh Python interpreter that calls one function. It has two ways to be heard: a connection for
-messages, and whatever it prints (stdout and stderr together), by lines. It leads its own process group, so
-that Ctrl-C in a terminal reaches the parent alone, and so that the parent can end it with everything that it
-started.
+A child calls one function. It has two ways to be heard: a connection for messages, and whatever it prints
+(stdout and stderr together), by lines. It leads its own process group, so that Ctrl-C in a terminal reaches the
+parent alone, and so that the parent can end it with everything that it started.
 
-If the parent dies, however it dies, the child ends too: its standard input is a pipe whose other end only the
-parent holds, and a thread waits for that pipe to close. On Linux the kernel kills it as well
-(PR_SET_PDEATHSIG, prctl(2)), which works even while some extension holds Python's global lock. That signal
-follows the thread which started the child, so start children from a thread that lives as long as they should.
+On Linux children are forked from a server (multiprocessing's forkserver) that has imported PyTorch once, which
+takes seconds of CPU time and hundreds of MB otherwise spent by each; elsewhere, where forking after such
+imports is unsafe, each is a fresh interpreter. The server belongs to this process and serves all its children.
+
+If the parent dies, however it dies, the child ends too: a thread waits for the parent's end. On Linux the
+kernel kills it as well when the server is gone, which ends with the parent (PR_SET_PDEATHSIG, prctl(2)); that
+works even while some extension holds Python's global lock.
 """
 
 import ctypes
+import faulthandler
 import importlib
-import json
+import io
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from types import TracebackType
 from typing import Any, NamedTuple
 
 _TAIL = 20  # lines of each child's output that are kept
 
-_BOOTSTRAP = (
-    "import json, sys; start = json.loads(sys.stdin.readline()); sys.path[:] = start.pop('path'); "
-    "from distattn.launch.processes import child; child(**start)"
+_PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+# What every rank needs and what is slow to import. The command's own module is not among them: it is __main__.
+_PROCESSES.set_forkserver_preload(
+    ["torch.distributed.device_mesh", "hydra", "distattn.launch.local", "distattn.launch.ranks", "distattn.attend"]
 )
+
+
+def prepare() -> None:
+    """Let the server of children start and import while this process goes on; returns at once."""
+    if sys.platform == "linux":
+        forkserver.ensure_running()
 
 
 class Message(NamedTuple):
@@ -63,9 +76,8 @@ class Processes:
         target: "module:function", called in each child as function(connection, argument); see `send` and
             `receive`.
         arguments: one a child; pickled.
-        env: environment of the children.
-        path: sys.path of the children; by default that of this process.
-        label: what `ps` shows, before the child's number.
+        env: environment of the children. What libraries read while they are imported is this process's own.
+        path: folders that come first in the children's sys.path, which is otherwise that of this process.
         stop_timeout: seconds between asking a child to stop (SIGTERM) and killing it, on leaving the context.
     """
 
@@ -74,17 +86,14 @@ class Processes:
         target: str,
         arguments: Sequence[object],
         env: Mapping[str, str],
-        path: Sequence[str] | None = None,
-        label: str = "distattn rank",
+        path: Sequence[str] = (),
         stop_timeout: float = 5.0,
     ) -> None:
         self._stop_timeout = stop_timeout
         self._children: list[_Child] = []
-        search = [entry or os.getcwd() for entry in (sys.path if path is None else path)]
-        start = {"path": search, "target": target, "parent": os.getpid()}
         try:
-            for number in range(len(arguments)):
-                self._children.append(_Child(start, dict(env), f"{label} {number}"))
+            for _ in arguments:
+                self._children.append(_Child(target, dict(env), list(path)))
             for number, argument in enumerate(arguments):
                 self.send(number, argument)
         except BaseException:
@@ -138,7 +147,7 @@ class Processes:
         try:
             for child in self._children:
                 child.signal(signal.SIGTERM)
-            while any(child.process.poll() is None for child in self._children) and time.monotonic() < deadline:
+            while any(child.process.exitcode is None for child in self._children) and time.monotonic() < deadline:
                 time.sleep(0.02)
         finally:
             for child in self._children:
@@ -148,25 +157,13 @@ class Processes:
 class _Child:
     """One child process, seen from its parent."""
 
-    def __init__(self, start: dict[str, Any], env: dict[str, str], label: str) -> None:
+    def __init__(self, target: str, env: dict[str, str], path: list[str]) -> None:
         self.connection, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-X", "faulthandler", "-c", _BOOTSTRAP, label],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=env,
-            )
-            assert self.process.stdin is not None and self.process.stdout is not None
-            self.lifeline, self.output = self.process.stdin, self.process.stdout
-            try:
-                self.lifeline.write(json.dumps(start | {"descriptor": theirs.fileno()}).encode() + b"\n")
-                self.lifeline.flush()
-            except BrokenPipeError:
-                pass  # it has ended already, as `events` will tell
+        output, theirs_to_write = os.pipe()
+        self.output = open(output, "rb", buffering=0)
+        with theirs, open(theirs_to_write, "wb", buffering=0):
+            self.process: BaseProcess = _PROCESSES.Process(target=_Start(target, env, path, theirs, theirs_to_write))
+            self.process.start()
         os.set_blocking(self.output.fileno(), False)
         self.tail: deque[str] = deque(maxlen=_TAIL)
         self.code: int | None = None  # set once the Exit event was given out
@@ -177,7 +174,7 @@ class _Child:
         return sorted(self._open)
 
     def has_ended(self) -> bool:
-        return self.code is None and self.process.poll() is not None
+        return self.code is None and self.process.exitcode is not None
 
     def events(self, ready: Sequence[object]) -> list[Event]:
         ended = self.has_ended()  # asked first: whatever it wrote is then already in the pipes
@@ -188,7 +185,8 @@ class _Child:
             found += self._messages()
         if ended:
             self._open.clear()
-            self.code = self.process.returncode
+            self.code = self.process.exitcode
+            assert self.code is not None
             found.append(Exit(self.code))
         return found
 
@@ -221,21 +219,20 @@ class _Child:
 
     def signal(self, number: int) -> None:
         """Send a signal to the child and all that it started."""
+        pid = self.process.pid
+        assert pid is not None
         try:
-            os.killpg(self.process.pid, number)
+            os.killpg(pid, number)
         except (ProcessLookupError, PermissionError):  # macOS answers the second for a group of zombies
-            pass
+            if self.process.exitcode is None:  # it does not lead its group yet
+                os.kill(pid, number)
 
     def close(self) -> None:
         self.signal(signal.SIGKILL)
-        self.process.wait()
+        self.process.join()
         self._open.clear()
         self.connection.close()
         self.output.close()
-        try:
-            self.lifeline.close()
-        except BrokenPipeError:
-            pass
 
 
 def send(connection: Connection, value: object) -> None:
@@ -248,26 +245,47 @@ def receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-def child(target: str, parent: int, descriptor: int) -> None:
-    """What a child does first; not to be called elsewhere."""
-    _die_with(parent)
-    os.set_inheritable(descriptor, False)
-    connection = Connection(descriptor)
-    argument = receive(connection)
-    module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(connection, argument)
+class _Start:
+    """What a child does first."""
+
+    def __init__(self, target: str, env: dict[str, str], path: list[str], connection: Connection, output: Any) -> None:
+        self.target, self.env, self.path = target, env, path
+        self.connection, self.output = connection, output
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"output": DupFd(self.output)}
+
+    def __call__(self) -> None:
+        os.setsid()
+        _die_with_the_parent()
+        output: int = self.output.detach()  # what DupFd has become on the way
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        os.close(output)
+        for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(line_buffering=True, write_through=True)
+        faulthandler.enable()
+        os.environ.clear()
+        os.environ.update(self.env)
+        sys.path[:0] = self.path
+        argument = receive(self.connection)
+        module, _, function = self.target.partition(":")
+        getattr(importlib.import_module(module), function)(self.connection, argument)
 
 
-def _die_with(parent: int) -> None:
+def _die_with_the_parent() -> None:
     if sys.platform == "linux":
+        server = os.getppid()
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before that call
+        if os.getppid() != server:  # it died before that call
             os.kill(os.getpid(), signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def wait_for_the_end() -> None:
-        while os.read(0, 1):
-            pass
+        parent.join()
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()

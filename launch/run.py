@@ -22,6 +22,7 @@ from distattn.jobs.settings import check, check_ranks
 from distattn.launch import local, torchrun
 from distattn.launch.device import choose_device
 from distattn.launch.display import Display, Shown, print_result
+from distattn.launch.processes import prepare
 
 
 class _End(SystemExit):
@@ -83,6 +84,8 @@ def _run(composed: DictConfig) -> int:
             f"cluster.world_size is {config.cluster.world_size}, which is for job=plan only; "
             "expected launcher.num_workers, or torchrun's --nproc-per-node"
         )
+    if isinstance(config.launcher, schema.LocalConfig):
+        prepare()  # its imports run beside those of this process
     device = choose_device(config.launcher.device)
     if isinstance(config.launcher, schema.LocalConfig):
         world_size = local.count_ranks(config.launcher, device, job)

@@ -99,9 +99,8 @@ class RankPool:
 
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             seats = [(rank, self.size, self._store.port) for rank in range(self.size)]
-            path = [str(Path(__file__).parent), *sys.path]
-            environment = rank_environment() | {"OMP_NUM_THREADS": "1"}
-            self._processes = Processes("rank_pool:serve", seats, environment, path, label="test rank")
+            path = [str(Path(__file__).parent)]
+            self._processes = Processes("rank_pool:serve", seats, rank_environment(), path)
             self._collect(self._processes, self.size, START_TIMEOUT)
         return self._processes
 

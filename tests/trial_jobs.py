@@ -8,10 +8,9 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distattn.launch.processes import Processes, receive, send
+from distattn.launch.processes import receive, send
 
 if TYPE_CHECKING:
     from distattn.conf.schema import Config
@@ -81,12 +80,3 @@ def sleeps(connection: Connection, argument: str) -> None:
 
 def dies(connection: Connection, argument: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def be_parent() -> None:
-    """Main function of a process that starts a child, writes its pid to the file argv[1], and waits."""
-    environment = dict(os.environ)
-    with Processes("trial_jobs:sleeps", [""], environment) as processes:
-        pids = next(event.value for _, event in processes.poll(60))  # type: ignore[union-attr]
-        Path(sys.argv[1]).write_text(str(pids[0]))
-        time.sleep(1000)
