@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,6 +29,16 @@ class Stage:
     transfers: tuple[Transfer, ...]
     guest_rows: int
     table: TileTable
+
+    @cached_property
+    def alone(self) -> TileTable:
+        """The table of the query tiles that visit the rank's own pages only."""
+        return self.table.subset(~self.table.visits_guests)
+
+    @cached_property
+    def with_guests(self) -> TileTable:
+        """The table of the query tiles that visit guest pages, with all that they visit."""
+        return self.table.subset(self.table.visits_guests)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.arena import GuestQueries, Stage
 from distattn.errors import ConfigError
 from distattn.exchange import Agreement, Counter, Exchange, Pending, add_rows
 from distattn.kernels.attention import Pages, accumulator_dtype, attention_backward, attention_forward, merge
+from distattn.kernels.table import TileTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan, plans
 
@@ -201,25 +200,24 @@ class _Pass:
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
         queries_here = self.exchange.bring(queries.transfer, [q], [guest_q]) if queries else Pending()
 
-        # Tiles that visit nothing keep these values.
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+        out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
+        lse = q.new_empty(q.shape[:3], dtype=dtype)
+        if several or stages[0].table.has_empty_rows:  # tiles that visit nothing are left alone
+            out.zero_()
+            lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):
             guests = _rows(slots[number % 2], stage)
 
-            def run(
-                tiles: NDArray[np.int64], stage: Stage = stage, guests: Pages = guests, later: bool = number > 0
-            ) -> None:
-                attention_forward(q, own, guests, stage.table, out, lse, scale=scale, tiles=tiles, resume=later)
+            def run(table: TileTable, guests: Pages = guests, later: bool = number > 0) -> None:
+                attention_forward(q, own, guests, table, out, lse, scale=scale, resume=later)
 
-            alone, with_guests = _split_tiles(stage)
             arrived = pending
             if number + 1 < len(stages):
                 # The other slot is free, since its stage is done.
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
-            run(alone)
+            run(stage.alone)
             arrived.wait()
-            run(with_guests)
+            run(stage.with_guests)
         if queries is not None:
             queries_here.wait()
             self._attend_guest_queries(queries, guest_q, own, out, lse, scale)
@@ -256,21 +254,16 @@ class _Pass:
             guests = _rows(slots[number % 2], stage)
             d_guests = Pages(*(x.new_zeros(x.shape, dtype=dtype) for x in guests))
 
-            def run(
-                tiles: NDArray[np.int64], stage: Stage = stage, guests: Pages = guests, d_guests: Pages = d_guests
-            ) -> None:
-                attention_backward(
-                    q, own, guests, stage.table, grad_out, lse, delta, dq, d_own, d_guests, scale=scale, tiles=tiles
-                )
+            def run(table: TileTable, guests: Pages = guests, d_guests: Pages = d_guests) -> None:
+                attention_backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale=scale)
 
-            alone, with_guests = _split_tiles(stage)
             pending.wait()
             if number + 1 < len(stages):
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
             # Guests' gradients first: they go home while the other tiles are computed.
-            run(with_guests)
+            run(stage.with_guests)
             homeward += [self._take_home(transfer, d_guests, d_own) for transfer in stage.transfers]
-            run(alone)
+            run(stage.alone)
         for part in homeward:
             part.wait()
         return dq.to(q.dtype), d_own.k.to(k.dtype), d_own.v.to(v.dtype)
@@ -380,10 +373,3 @@ class _Slot:
 def _rows(slot: _Slot, stage: Stage) -> Pages:
     """The part of a guest buffer that a stage uses."""
     return Pages(slot.pages.k[:, : stage.guest_rows], slot.pages.v[:, : stage.guest_rows])
-
-
-def _split_tiles(stage: Stage) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(query tiles that visit own pages only, those that visit guests too); tiles that visit nothing are in neither."""
-    table = stage.table
-    visits = (table.full_pages + table.part_pages).reshape(table.tables, table.tiles).any(axis=0)
-    return np.flatnonzero(visits & ~table.visits_guests), np.flatnonzero(visits & table.visits_guests)

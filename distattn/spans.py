@@ -237,3 +237,8 @@ def complement(spans: Spans, length: int) -> Spans:
     kept = stop > start
     ptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
     return Spans(ptr[spans.ptr + np.arange(spans.rows + 1)], start[kept], stop[kept])
+
+
+def difference(a: Spans, b: Spans, length: int) -> Spans:
+    """Row by row, the positions in ``a`` that are not in ``b``; both inside [0, length)."""
+    return intersect(a, complement(b, length))

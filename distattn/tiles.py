@@ -15,17 +15,12 @@ from numpy.typing import NDArray
 
 from distattn import spans as sp
 from distattn.axis import Axis
-from distattn.kernels.table import KeyTable, TileTable
+from distattn.kernels.table import TileTable
 from distattn.masks import make_masks, unique_masks
 from distattn.patterns import Pattern
 from distattn.spans import Ints, Spans
 
 _NONE = np.zeros(0, np.int64)
-
-
-def difference(a: Spans, b: Spans, length: int) -> Spans:
-    """Row by row, the positions in ``a`` that are not in ``b``; both inside [0, length)."""
-    return sp.intersect(a, sp.complement(b, length))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +74,7 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
     candidates, covered = keys.pages(support, whole=False), keys.pages(full, whole=True)
     odd_row, odd_page = queries.irregular() & _skips(queries), keys.irregular()
     full = _without(covered, odd_row, odd_page)
-    rest = difference(candidates, full, keys.blocks)
+    rest = sp.difference(candidates, full, keys.blocks)
     count = rest.stop - rest.start
     row, page = np.repeat(rest.row_of(), count), sp.concat_ranges(rest.start, count)
 
@@ -261,68 +256,3 @@ def _by_row(parts: list[tuple[Ints, Ints, Ints]], rows: int) -> tuple[Ints, Ints
     ptr = np.zeros(rows + 1, np.int64)
     np.cumsum(np.bincount(row, minlength=rows), out=ptr[1:])
     return ptr, a, b
-
-
-def transpose(table: TileTable) -> KeyTable:
-    """The same tiles by key page, for the pass that makes dK and dV. Linear in what changes from tile to tile."""
-    tiles, pages, rows = table.tiles, table.pages, table.tables * table.tiles
-    run_row = np.repeat(np.arange(rows), np.diff(table.full_ptr))
-    full = sp.from_sorted(
-        run_row, table.full_first.astype(np.int64), (table.full_first + table.full_count).astype(np.int64), rows
-    )
-    # A run of query tiles at a page begins where the page is in a row and not in the row before, and ends likewise.
-    first_rows = np.arange(0, rows, tiles) if tiles else _NONE
-    before = _shift(full, first_rows)
-    enter = _entries(difference(full, before, pages))
-    leave = _entries(difference(before, full, pages))
-    last = _rows(full, first_rows + tiles - 1)
-    enter_key = np.sort(((enter[0] // max(tiles, 1)) * pages + enter[1]) * (tiles + 1) + enter[0] % max(tiles, 1))
-    leave_table = np.concatenate((leave[0] // max(tiles, 1), last[0] // max(tiles, 1)))
-    leave_tile = np.concatenate((leave[0] % max(tiles, 1), np.full(len(last[0]), tiles)))
-    leave_key = np.sort((leave_table * pages + np.concatenate((leave[1], last[1]))) * (tiles + 1) + leave_tile)
-    key_rows = table.tables * pages
-    first_tile = enter_key % (tiles + 1)
-    full_ptr = np.zeros(key_rows + 1, np.int64)
-    np.cumsum(np.bincount(enter_key // (tiles + 1), minlength=key_rows), out=full_ptr[1:])
-    part_row = np.repeat(np.arange(rows), np.diff(table.part_ptr))
-    owner = part_row // max(tiles, 1) * pages + table.part_page
-    order = np.argsort(owner * (tiles + 1) + part_row % max(tiles, 1), kind="stable")
-    part_ptr = np.zeros(key_rows + 1, np.int64)
-    np.cumsum(np.bincount(owner, minlength=key_rows), out=part_ptr[1:])
-    return KeyTable(
-        table=table,
-        full_ptr=full_ptr.astype(np.int32),
-        full_first=first_tile.astype(np.int32),
-        full_count=(leave_key % (tiles + 1) - first_tile).astype(np.int32),
-        part_ptr=part_ptr.astype(np.int32),
-        part_tile=(part_row % max(tiles, 1))[order].astype(np.int32),
-        part_mask=table.part_mask[order],
-    )
-
-
-def _shift(spans: Spans, reset: Ints) -> Spans:
-    """Row r gets the intervals of row r - 1; rows in ``reset`` get none."""
-    count = np.diff(spans.ptr)
-    shifted = np.concatenate((np.zeros(1, np.int64), count[:-1])) if len(count) else count
-    keep = np.ones(spans.rows, np.bool_)
-    keep[reset] = False
-    # Intervals of the row before a reset row belong to nobody.
-    kept = np.append(keep[1:], False)[spans.row_of()] if spans.rows else np.zeros(0, np.bool_)
-    ptr = np.zeros(spans.rows + 1, np.int64)
-    np.cumsum(np.where(keep, shifted, 0), out=ptr[1:])
-    return Spans(ptr, spans.start[kept], spans.stop[kept])
-
-
-def _entries(spans: Spans) -> tuple[Ints, Ints]:
-    """(row, position) of every position in the intervals."""
-    count = spans.stop - spans.start
-    return np.repeat(spans.row_of(), count), sp.concat_ranges(spans.start, count)
-
-
-def _rows(spans: Spans, rows: Ints) -> tuple[Ints, Ints]:
-    """(row, position) of every position in the intervals of some rows."""
-    chosen = np.zeros(spans.rows, np.bool_)
-    chosen[rows] = True
-    kept = chosen[spans.row_of()]
-    count = (spans.stop - spans.start)[kept]
-    return np.repeat(spans.row_of()[kept], count), sp.concat_ranges(spans.start[kept], count)

@@ -1,7 +1,7 @@
 """Attention of query tiles over the pages that a tile table names, forward and backward.
 
-This is the only way to the tile kernels. Today there is one implementation, in PyTorch operations, for every device
-(attention_torch.py); a compiled one for a device goes behind the same two functions.
+This is the only way to the tile kernels. GPUs run those in Triton (attention_triton.py, attention_triton_backward.py),
+all else those in PyTorch operations (attention_torch.py).
 
 For a query row i and the set P(i) of keys that the table allows,
 
@@ -20,9 +20,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.kernels import attention_torch
@@ -53,10 +51,9 @@ def attention_forward(
     lse: Tensor,
     *,
     scale: float,
-    tiles: NDArray[np.int64] | None = None,
     resume: bool = False,
 ) -> None:
-    """Writes ``out`` and ``lse`` of the query tiles ``tiles`` (default: all).
+    """Writes ``out`` and ``lse`` of the query tiles that visit something; the others are left alone.
 
     Args:
         q: [batch, tokens, heads, head_dim].
@@ -67,10 +64,15 @@ def attention_forward(
             dtype (see :func:`accumulator_dtype`).
         lse: [batch, tokens, heads] in the accumulator's dtype, natural logarithm, written. With ``resume`` also read.
         scale: factor of the scores.
-        tiles: int64 [n], distinct query tiles.
         resume: continue from the (out, lse) of pages visited before, and write those of both together.
     """
-    attention_torch.forward(q, own, guests, table, out, lse, scale, tiles, resume)
+    if use_triton(q):
+        from distattn.kernels import attention_triton
+
+        q, own, guests = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
+        attention_triton.forward(q, own, guests, table, out, lse, scale, resume)
+    else:
+        attention_torch.forward(q, own, guests, table, out, lse, scale, resume)
 
 
 def attention_backward(
@@ -86,9 +88,8 @@ def attention_backward(
     d_guests: Pages,
     *,
     scale: float,
-    tiles: NDArray[np.int64] | None = None,
 ) -> None:
-    """Adds the gradients that the query tiles ``tiles`` (default: all) give to ``dq``, ``d_own`` and ``d_guests``.
+    """Adds the gradients of what the table visits to ``dq``, ``d_own`` and ``d_guests``.
 
     Args:
         grad_out: [batch, tokens, heads, value_dim].
@@ -98,7 +99,24 @@ def attention_backward(
             the shapes of ``own`` and ``guests``. All are added to.
         Others as in :func:`attention_forward`.
     """
-    attention_torch.backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale, tiles)
+    if use_triton(q):
+        from distattn.kernels import attention_triton_backward
+
+        q, grad_out = _with_dense_rows(q), _with_dense_rows(grad_out)
+        own, guests = Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
+        attention_triton_backward.backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale)
+    else:
+        attention_torch.backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale)
+
+
+def use_triton(q: Tensor) -> bool:
+    """Whether tensors like q go to the kernels in Triton: those on a GPU, but for float64."""
+    return q.device.type == "cuda" and q.dtype != torch.float64
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it where the elements of a row are not beside each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

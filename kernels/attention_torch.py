@@ -38,7 +38,6 @@ def forward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    tiles: NDArray[np.int64] | None,
     resume: bool,
 ) -> None:
     dtype = lse.dtype
@@ -49,7 +48,7 @@ def forward(
         pages_k = _Blocks(own.k[b, :, kv_head], table.block_k, guests.k[b, :, kv_head])
         pages_v = _Blocks(own.v[b, :, kv_head], table.block_k, guests.v[b, :, kv_head])
         group = q_tiles.shape[1]
-        for batch in _batches(table, row0, tiles, group, dtype.itemsize):
+        for batch in _batches(table, row0, group, dtype.itemsize):
             at = _index(batch, q)
             rows = q_tiles.gather(at).to(dtype).mul_(scale).flatten(1, 2)
             n, m, _ = rows.shape
@@ -93,7 +92,6 @@ def backward(
     d_own: Pages,
     d_guests: Pages,
     scale: float,
-    tiles: NDArray[np.int64] | None,
 ) -> None:
     dtype = dq.dtype
     for b, kv_head, heads, row0 in _head_groups(q, own, table):
@@ -107,7 +105,7 @@ def backward(
         dk_pages = _Blocks(d_own.k[b, :, kv_head], table.block_k, d_guests.k[b, :, kv_head])
         dv_pages = _Blocks(d_own.v[b, :, kv_head], table.block_k, d_guests.v[b, :, kv_head])
         group = q_tiles.shape[1]
-        for batch in _batches(table, row0, tiles, group, dtype.itemsize):
+        for batch in _batches(table, row0, group, dtype.itemsize):
             at = _index(batch, q)
             rows = q_tiles.gather(at).to(dtype).mul_(scale).flatten(1, 2)
             grads = grad_tiles.gather(at).to(dtype).flatten(1, 2)
@@ -149,15 +147,14 @@ def _head_groups(q: Tensor, own: Pages, table: TileTable) -> Iterator[tuple[int,
                 yield b, kv_head, slice(heads[0], heads[-1] + 1), index * table.tiles
 
 
-def _batches(
-    table: TileTable, row0: int, tiles: NDArray[np.int64] | None, group: int, itemsize: int
-) -> Iterator[NDArray[np.int64]]:
+def _batches(table: TileTable, row0: int, group: int, itemsize: int) -> Iterator[NDArray[np.int64]]:
     """Query tiles in batches whose scratch is bounded and whose members visit similarly many pages."""
-    ids = np.arange(table.tiles) if tiles is None else np.asarray(tiles, np.int64)
+    rows = slice(row0, row0 + table.tiles)
+    total = table.part_pages[rows] + table.full_pages[rows]
+    ids = np.flatnonzero(total)
     if len(ids) == 0:
         return
-    partial, full = table.part_pages[ids + row0], table.full_pages[ids + row0]
-    total = partial + full
+    partial, total = table.part_pages[rows][ids], total[ids]
     # Tiles with more than one step need not agree: their remainders are handled step by step.
     shape = np.where(total <= PAGES_AT_ONCE, total * (PAGES_AT_ONCE + 1) + partial, PAGES_AT_ONCE * (PAGES_AT_ONCE + 2))
     order = np.lexsort((ids, shape))

@@ -5,12 +5,16 @@ A kernel needs no more than this. It never learns what a pattern, a plan or a ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from distattn import spans as sp
+from distattn.spans import Ints, Spans
 
 Int32 = NDArray[np.int32]
 
@@ -91,6 +95,21 @@ class TileTable:
         return np.diff(self.part_ptr).astype(np.int64)
 
     @cached_property
+    def heads_by_table(self) -> NDArray[np.int64]:
+        """int64 [tables]: how many query heads read each table."""
+        return np.bincount(self.head_table, minlength=self.tables)
+
+    @cached_property
+    def cache(self) -> dict[object, Any]:
+        """What kernels have made of the table, such as its copy on a device."""
+        return {}
+
+    @cached_property
+    def has_empty_rows(self) -> bool:
+        """Whether some row visits nothing."""
+        return not (self.full_pages + self.part_pages).all()
+
+    @cached_property
     def mask_bool(self) -> torch.Tensor:
         """bool [distinct masks, block_q, block_k] on the CPU: the masks unpacked."""
         bits = np.unpackbits(self.masks.view(np.uint8), axis=-1, bitorder="little", count=self.block_k)
@@ -106,6 +125,26 @@ class TileTable:
         out[run_row[self.full_first + self.full_count > self.own_pages]] = True
         out[part_row[self.part_page >= self.own_pages]] = True
         return np.asarray(out.reshape(self.tables, self.tiles).any(axis=0))
+
+    @cached_property
+    def by_key(self) -> KeyTable:
+        """The same tiles by key page."""
+        return _transpose(self)
+
+    def subset(self, tiles: NDArray[np.bool_]) -> TileTable:
+        """The table in which other query tiles visit nothing. tiles: bool [tiles]."""
+        keep = np.tile(tiles, self.tables)
+        full = np.repeat(keep, np.diff(self.full_ptr))
+        part = np.repeat(keep, np.diff(self.part_ptr))
+        return replace(
+            self,
+            full_ptr=_pointers(np.where(keep, np.diff(self.full_ptr), 0)),
+            full_first=self.full_first[full],
+            full_count=self.full_count[full],
+            part_ptr=_pointers(np.where(keep, np.diff(self.part_ptr), 0)),
+            part_page=self.part_page[part],
+            part_mask=self.part_mask[part],
+        )
 
     def expand(
         self, rows: NDArray[np.int64], first: int, partial: int, full: int
@@ -145,3 +184,71 @@ class KeyTable:
     part_ptr: Int32
     part_tile: Int32
     part_mask: Int32
+
+
+def _pointers(counts: NDArray[np.int64]) -> Int32:
+    """int32 [n + 1]: where each of n rows begins, given how many entries each has."""
+    out = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+def _transpose(table: TileTable) -> KeyTable:
+    """The same tiles by key page, for the pass that makes dK and dV. Linear in what changes from tile to tile."""
+    tiles, pages, rows = table.tiles, table.pages, table.tables * table.tiles
+    run_row = np.repeat(np.arange(rows), np.diff(table.full_ptr))
+    full = sp.from_sorted(
+        run_row, table.full_first.astype(np.int64), (table.full_first + table.full_count).astype(np.int64), rows
+    )
+    # A run of query tiles at a page begins where the page is in a row and not in the row before, and ends likewise.
+    first_rows = np.arange(0, rows, tiles) if tiles else np.zeros(0, np.int64)
+    before = _shift(full, first_rows)
+    enter = _entries(sp.difference(full, before, pages))
+    leave = _entries(sp.difference(before, full, pages))
+    last = _rows(full, first_rows + tiles - 1)
+    enter_key = np.sort(((enter[0] // max(tiles, 1)) * pages + enter[1]) * (tiles + 1) + enter[0] % max(tiles, 1))
+    leave_table = np.concatenate((leave[0] // max(tiles, 1), last[0] // max(tiles, 1)))
+    leave_tile = np.concatenate((leave[0] % max(tiles, 1), np.full(len(last[0]), tiles)))
+    leave_key = np.sort((leave_table * pages + np.concatenate((leave[1], last[1]))) * (tiles + 1) + leave_tile)
+    key_rows = table.tables * pages
+    first_tile = enter_key % (tiles + 1)
+    part_row = np.repeat(np.arange(rows), np.diff(table.part_ptr))
+    owner = part_row // max(tiles, 1) * pages + table.part_page
+    order = np.argsort(owner * (tiles + 1) + part_row % max(tiles, 1), kind="stable")
+    return KeyTable(
+        table=table,
+        full_ptr=_pointers(np.bincount(enter_key // (tiles + 1), minlength=key_rows)),
+        full_first=first_tile.astype(np.int32),
+        full_count=(leave_key % (tiles + 1) - first_tile).astype(np.int32),
+        part_ptr=_pointers(np.bincount(owner, minlength=key_rows)),
+        part_tile=(part_row % max(tiles, 1))[order].astype(np.int32),
+        part_mask=table.part_mask[order],
+    )
+
+
+def _shift(spans: Spans, reset: Ints) -> Spans:
+    """Row r gets the intervals of row r - 1; rows in ``reset`` get none."""
+    count = np.diff(spans.ptr)
+    shifted = np.concatenate((np.zeros(1, np.int64), count[:-1])) if len(count) else count
+    keep = np.ones(spans.rows, np.bool_)
+    keep[reset] = False
+    # Intervals of the row before a reset row belong to nobody.
+    kept = np.append(keep[1:], False)[spans.row_of()] if spans.rows else np.zeros(0, np.bool_)
+    ptr = np.zeros(spans.rows + 1, np.int64)
+    np.cumsum(np.where(keep, shifted, 0), out=ptr[1:])
+    return Spans(ptr, spans.start[kept], spans.stop[kept])
+
+
+def _entries(spans: Spans) -> tuple[Ints, Ints]:
+    """(row, position) of every position in the intervals."""
+    count = spans.stop - spans.start
+    return np.repeat(spans.row_of(), count), sp.concat_ranges(spans.start, count)
+
+
+def _rows(spans: Spans, rows: Ints) -> tuple[Ints, Ints]:
+    """(row, position) of every position in the intervals of some rows."""
+    chosen = np.zeros(spans.rows, np.bool_)
+    chosen[rows] = True
+    kept = chosen[spans.row_of()]
+    count = (spans.stop - spans.start)[kept]
+    return np.repeat(spans.row_of()[kept], count), sp.concat_ranges(spans.start[kept], count)

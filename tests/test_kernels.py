@@ -37,8 +37,13 @@ def run(
     table: TileTable,
     before: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Poisoned, so that a row that nobody writes shows.
-    out, lse = before or (torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan))
+    if before:
+        out, lse = before
+    else:
+        # Poisoned, so that a row that nobody writes shows, but for tiles that visit nothing, which are left alone.
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
+        empty = np.repeat(table.full_pages + table.part_pages == 0, BLOCK)[:LENGTH]
+        out[:, empty], lse[:, empty] = 0.0, -torch.inf
     attention_forward(q, own, guests, table, out, lse, scale=DIM**-0.5, resume=before is not None)
     return out, lse
 
@@ -100,7 +105,8 @@ def test_chosen_tiles_leave_the_others_alone(qkv: list[torch.Tensor]) -> None:
     q, k, v = qkv
     table = table_of(PATTERN, np.arange(PAGES), PAGES)
     out, lse = torch.full_like(q, 7.0), torch.full(q.shape[:3], 7.0)
-    attention_forward(q, Pages(k, v), NOBODY, table, out, lse, scale=DIM**-0.5, tiles=np.array([1, 3, PAGES - 1]))
+    chosen = table.subset(np.isin(np.arange(PAGES), (1, 3, PAGES - 1)))
+    attention_forward(q, Pages(k, v), NOBODY, chosen, out, lse, scale=DIM**-0.5)
     touched = [BLOCK, 2 * BLOCK - 1, 3 * BLOCK, LENGTH - 1]
     assert (out[:, touched] != 7.0).any(dim=-1).all()
     assert (out[:, :BLOCK] == 7.0).all() and (lse[:, 2 * BLOCK : 3 * BLOCK] == 7.0).all()

@@ -13,7 +13,7 @@ def test_the_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     exec(compile(example, str(README), "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    assert "5,000 tokens on 1 ranks" in "\n".join(printed)
+    assert "1,500 tokens on 1 ranks" in "\n".join(printed)
     assert float(printed[-1]) < 1e-5
 
 

@@ -25,7 +25,7 @@ from distattn.patterns import (
     Strided,
 )
 from distattn.sharing import find_sharing
-from distattn.tiles import Extents, Visits, assemble, transpose, visit
+from distattn.tiles import Extents, Visits, assemble, visit
 
 LENGTH = 75
 small = st.integers(0, 20)
@@ -101,7 +101,7 @@ def test_a_table_is_its_pattern_both_ways(pattern: Pattern, blocks: tuple[int, i
     found = unpack(table)
     np.testing.assert_array_equal(found[:length, :length], expected)
     assert not found[:length, length:].any(), "rows beyond the sequence are visible"
-    np.testing.assert_array_equal(unpack_by_key(transpose(table)), found)
+    np.testing.assert_array_equal(unpack_by_key(table.by_key), found)
     assert len({mask.tobytes() for mask in table.masks}) == len(table.masks)
     np.testing.assert_array_equal(
         visits.pairs(queries, blocks[1]),

@@ -1,0 +1,242 @@
+"""The forward tile kernel in Triton, for GPUs.
+
+A program walks over the pages of one query tile with the online softmax (Milakov and Gimelshein, 2018; Dao,
+"FlashAttention-2", 2023): PARTIAL pages with their masks in one loop, FULL pages in another that has no mask code.
+Exponents are of base 2. Pieces of long rows leave (out, lse) in slots, which a second kernel merges.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distattn.kernels.table import TileTable
+from distattn.kernels.walk_triton import (
+    find_item,
+    first_full,
+    mask_bits,
+    next_full,
+    page_length,
+    page_rows,
+    partial_range,
+    tile_rows,
+)
+from distattn.kernels.work import query_units, query_work
+
+if TYPE_CHECKING:
+    from distattn.kernels.attention import Pages
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+# Below every score and finite: keeps exp2(-inf - max) a zero and not a NaN in rows that attend to nothing.
+_LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _softmax_step(scores, v_at, v_mask, high, total, acc, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds a page to the running (high, total, acc); scores in base 2."""
+    new_high = tl.maximum(high, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_high[:, None])
+    fade = tl.exp2(high - new_high)
+    total = total * fade + tl.sum(weights, 1)
+    v = tl.load(v_at, mask=v_mask, other=0.0) if MASKED else tl.load(v_at)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_high, total, acc
+
+
+@triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
+def _forward(
+    q, out, lse, k, v, guest_k, guest_v, slot_out, slot_lse,
+    items, item_ptr, units, full_first, full_count, part_ptr, part_page, part_mask, masks,
+    tokens, own_rows, own_pages, tiles, most, scale,
+    q_n, q_h, out_n, out_h, lse_n, lse_h, k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
+    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, RESUME: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE)
+    if not exists:
+        return
+    head0 = tl.load(unit + 1)
+    kv_head = tl.load(unit + 2).to(tl.int64)
+    tile = tl.load(item) - table * tiles
+    slot = tl.load(item + 5)
+    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    head = (head0 + head).to(tl.int64)
+    d = tl.arange(0, DIM_2)
+    dv = tl.arange(0, V_DIM_2)
+    column = tl.arange(0, COLUMNS)
+    SUBS: tl.constexpr = (BLOCK_K + COLUMNS - 1) // COLUMNS
+    EVEN: tl.constexpr = (SUBS * COLUMNS == BLOCK_K) and (DIM == DIM_2) and (V_DIM == V_DIM_2)
+    queries = tl.load(q + (row * q_n + head * q_h)[:, None] + d, mask=is_row[:, None] & (d < DIM), other=0.0)
+    scale = scale * _LOG2_E
+    k += kv_head * k_h
+    v += kv_head * v_h
+    guest_k += kv_head * guest_k_h
+    guest_v += kv_head * guest_v_h
+
+    high = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
+    out_at = out + (row * out_n + head * out_h)[:, None] + dv
+    out_mask = is_row[:, None] & (dv < V_DIM)
+    lse_at = lse + row * lse_n + head * lse_h
+    if RESUME:
+        if slot < 0:
+            before = tl.load(lse_at, mask=is_row, other=float("-inf")) * _LOG2_E
+            high = tl.maximum(before, _LOWEST)
+            total = tl.exp2(before - high)
+            acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
+
+    begin, end, full = partial_range(item, part_ptr)
+    for i in range(begin * SUBS, end * SUBS):
+        page = tl.load(part_page + i // SUBS)
+        sub = i % SUBS * COLUMNS
+        k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+        v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+        there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
+        keys = tl.load(k_page + column[:, None] * k_row + d, mask=there[:, None] & (d < DIM), other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
+        scores = tl.where(allowed, scores, float("-inf"))
+        v_at = v_page + column[:, None] * v_row + dv
+        high, total, acc = _softmax_step(scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, True, PRECISION)
+
+    run, page, left = first_full(item, full_first, full_count)
+    for i in tl.range(0, full * SUBS, num_stages=STAGES):
+        sub = i % SUBS * COLUMNS
+        k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+        v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+        k_at = k_page + column[:, None] * k_row + d
+        v_at = v_page + column[:, None] * v_row + dv
+        there = column < BLOCK_K - sub
+        if EVEN:
+            keys = tl.load(k_at)
+        else:
+            keys = tl.load(k_at, mask=there[:, None] & (d < DIM), other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if SUBS * COLUMNS != BLOCK_K:
+            scores = tl.where(there[None, :], scores, float("-inf"))
+        high, total, acc = _softmax_step(
+            scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, not EVEN, PRECISION
+        )
+        run, page, left = next_full(full_first, full_count, run, page, left, (i % SUBS + 1) // SUBS)
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row_lse = (high + tl.log2(total)) * _LN_2
+    if slot < 0:
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=out_mask)
+        tl.store(lse_at, row_lse, mask=is_row)
+    else:
+        at = (slot.to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
+        tl.store(slot_out + at[:, None] * V_DIM + dv, acc, mask=out_mask)
+        tl.store(slot_lse + at, row_lse, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles", "most"])
+def _merge_slots(
+    out, lse, slot_out, slot_lse, split, split_ptr, units, tokens, tiles, most, out_n, out_h, lse_n, lse_h,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr,
+    V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, RESUME: tl.constexpr,
+):  # fmt: skip
+    """Merges the partial results of a row that was cut, in order."""
+    unit = units + tl.program_id(0) // most * 4
+    table = tl.load(unit)
+    index = tl.load(split_ptr + table) + tl.program_id(0) % most
+    if index >= tl.load(split_ptr + table + 1):
+        return
+    tile = tl.load(split + index * 3) - table * tiles
+    slot0 = tl.load(split + index * 3 + 1)
+    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    head = (tl.load(unit + 1) + head).to(tl.int64)
+    dv = tl.arange(0, V_DIM_2)
+    out_at = out + (row * out_n + head * out_h)[:, None] + dv
+    out_mask = is_row[:, None] & (dv < V_DIM)
+    lse_at = lse + row * lse_n + head * lse_h
+    high = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
+    if RESUME:
+        before = tl.load(lse_at, mask=is_row, other=float("-inf")) * _LOG2_E
+        high = tl.maximum(before, _LOWEST)
+        total = tl.exp2(before - high)
+        acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
+    for number in range(tl.load(split + index * 3 + 2)):
+        at = ((slot0 + number).to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
+        part = tl.load(slot_lse + at, mask=is_row, other=float("-inf")) * _LOG2_E
+        new_high = tl.maximum(high, part)
+        fade = tl.exp2(high - new_high)
+        weight = tl.exp2(part - new_high)
+        part_out = tl.load(slot_out + at[:, None] * V_DIM + dv, mask=out_mask, other=0.0)
+        total = total * fade + weight
+        acc = acc * fade[:, None] + part_out * weight[:, None]
+        high = new_high
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=out_mask)
+    tl.store(lse_at, (high + tl.log2(total)) * _LN_2, mask=is_row)
+
+
+def programs_at_once(device: torch.device) -> int:
+    """How many programs of a kernel run at a time: about one a multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4  # the interpreter runs one; a few make it cut long rows as a GPU would
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of matrix products: float32 is never rounded to TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def packs(block_q: int) -> bool:
+    """Whether the heads that share a key/value head make up the rows of a tile together, since its tokens are few."""
+    return block_q <= 32
+
+
+def forward(
+    q: Tensor,
+    own: Pages,
+    guests: Pages,
+    table: TileTable,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    resume: bool,
+) -> None:
+    device, heads, dim = q.device, q.shape[2], q.shape[3]
+    v_dim = own.v.shape[3]
+    work = query_work(table, device, programs_at_once(device))
+    if work.most == 0:
+        return
+    units, size, side_by_side = query_units(table, own.k.shape[2], packs(table.block_q), device)
+    size_2 = triton.next_power_of_2(size)
+    rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
+    dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
+    columns = min(max(16, triton.next_power_of_2(table.block_k)), 128 if max(dim_2, v_dim_2) <= 128 else 64)
+    if q.dtype == torch.float32:
+        columns = min(columns, 64)
+    constants = dict(
+        BLOCK_Q=table.block_q, ROWS=rows, HEADS=size, HEADS_2=size_2, ALL_HEADS=heads, V_DIM=v_dim, V_DIM_2=v_dim_2,
+        RESUME=resume, num_warps=8 if rows * columns > 64 * 64 else 4,
+    )  # fmt: skip
+    slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
+    slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
+    for b in range(q.shape[0]):
+        strides = [n for x in (q, out, lse, *own, *guests) for n in x.stride()[1:3]]
+        _forward[(len(units) * work.most,)](
+            q[b], out[b], lse[b], own.k[b], own.v[b], guests.k[b], guests.v[b], slot_out, slot_lse,
+            work.items, work.item_ptr, units, *work.visits,
+            q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
+            BLOCK_K=table.block_k, COLUMNS=columns, DIM=dim, DIM_2=dim_2, SIDE_BY_SIDE=side_by_side, STAGES=2,
+            PRECISION=precision(q.dtype), **constants,
+        )  # fmt: skip
+        if work.slots:
+            _merge_slots[(len(units) * work.most_split,)](
+                out[b], lse[b], slot_out, slot_lse, work.split, work.split_ptr, units, q.shape[1], table.tiles,
+                work.most_split, *out.stride()[1:3], *lse.stride()[1:3], **constants,
+            )  # fmt: skip

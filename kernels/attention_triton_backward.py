@@ -1,0 +1,374 @@
+"""The backward tile kernels in Triton, for GPUs: one makes dQ by query tile, the other dK and dV by key page.
+
+Both compute the weights again from the LSE (Dao, "FlashAttention-2", 2023, section 3; formulas in attention.py). A
+program owns what it adds to and long rows are added up slot by slot, so there are no atomics and the result does not
+depend on timing. Products of the second kernel are transposed, [keys, queries], so that its weights are the left
+operand of the next product where they lie.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distattn.kernels.attention_triton import packs, precision, programs_at_once
+from distattn.kernels.table import TileTable
+from distattn.kernels.walk_triton import (
+    find_item,
+    first_full,
+    mask_bits,
+    mask_bits_transposed,
+    next_full,
+    page_length,
+    page_rows,
+    partial_range,
+    tile_rows,
+)
+from distattn.kernels.work import key_units, key_work, query_units, query_work
+
+if TYPE_CHECKING:
+    from distattn.kernels.attention import Pages
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _row_values(lse, delta, lse_at, delta_at, is_row):
+    """LSE in base 2 and delta of some rows. exp2(s - inf) = 0: rows that attend to nothing give no gradient."""
+    row_lse = tl.load(lse + lse_at, mask=is_row, other=float("inf")) * _LOG2_E
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+    return row_lse, tl.load(delta + delta_at, mask=is_row, other=0.0)
+
+
+@triton.jit
+def _query_step(queries, grads, row_lse, row_delta, keys, values, allowed, acc, scale, MASKED: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    if MASKED:
+        scores = tl.where(allowed, scores, float("-inf"))
+    weights = tl.exp2(scores - row_lse[:, None])
+    d_scores = weights * (tl.dot(grads, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
+    return tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
+def _grad_queries(
+    q, grad_out, lse, delta, dq, k, v, guest_k, guest_v, slots,
+    items, item_ptr, units, full_first, full_count, part_ptr, part_page, part_mask, masks,
+    tokens, own_rows, own_pages, tiles, most, scale,
+    q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h, dq_n, dq_h,
+    k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
+    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE)
+    if not exists:
+        return
+    head0 = tl.load(unit + 1)
+    kv_head = tl.load(unit + 2).to(tl.int64)
+    tile = tl.load(item) - table * tiles
+    slot = tl.load(item + 5)
+    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    head = (head0 + head).to(tl.int64)
+    d = tl.arange(0, DIM_2)
+    dv = tl.arange(0, V_DIM_2)
+    column = tl.arange(0, COLUMNS)
+    SUBS: tl.constexpr = (BLOCK_K + COLUMNS - 1) // COLUMNS
+    SHORT: tl.constexpr = SUBS * COLUMNS != BLOCK_K  # a page is less than SUBS * COLUMNS rows
+    EVEN: tl.constexpr = (not SHORT) and (DIM == DIM_2) and (V_DIM == V_DIM_2)
+    q_mask = is_row[:, None] & (d < DIM)
+    queries = tl.load(q + (row * q_n + head * q_h)[:, None] + d, mask=q_mask, other=0.0)
+    grads = tl.load(
+        grad_out + (row * grad_n + head * grad_h)[:, None] + dv, mask=is_row[:, None] & (dv < V_DIM), other=0.0
+    )
+    row_lse, row_delta = _row_values(lse, delta, row * lse_n + head * lse_h, row * delta_n + head * delta_h, is_row)
+    scale2 = scale * _LOG2_E
+    k += kv_head * k_h
+    v += kv_head * v_h
+    guest_k += kv_head * guest_k_h
+    guest_v += kv_head * guest_v_h
+    acc = tl.zeros([ROWS, DIM_2], tl.float32)
+
+    begin, end, full = partial_range(item, part_ptr)
+    for i in range(begin * SUBS, end * SUBS):
+        page = tl.load(part_page + i // SUBS)
+        sub = i % SUBS * COLUMNS
+        k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+        v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+        there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
+        keys = tl.load(k_page + column[:, None] * k_row + d, mask=there[:, None] & (d < DIM), other=0.0)
+        values = tl.load(v_page + column[:, None] * v_row + dv, mask=there[:, None] & (dv < V_DIM), other=0.0)
+        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
+        acc = _query_step(queries, grads, row_lse, row_delta, keys, values, allowed, acc, scale2, True, PRECISION)
+
+    run, page, left = first_full(item, full_first, full_count)
+    for i in tl.range(0, full * SUBS, num_stages=STAGES):
+        sub = i % SUBS * COLUMNS
+        k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+        v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+        k_at = k_page + column[:, None] * k_row + d
+        v_at = v_page + column[:, None] * v_row + dv
+        if EVEN:
+            keys = tl.load(k_at)
+            values = tl.load(v_at)
+        else:
+            there = column < BLOCK_K - sub
+            keys = tl.load(k_at, mask=there[:, None] & (d < DIM), other=0.0)
+            values = tl.load(v_at, mask=there[:, None] & (dv < V_DIM), other=0.0)
+        acc = _query_step(
+            queries,
+            grads,
+            row_lse,
+            row_delta,
+            keys,
+            values,
+            (column < BLOCK_K - sub)[None, :],
+            acc,
+            scale2,
+            SHORT,
+            PRECISION,
+        )
+        run, page, left = next_full(full_first, full_count, run, page, left, (i % SUBS + 1) // SUBS)
+
+    acc *= scale
+    if slot < 0:
+        dq_at = dq + (row * dq_n + head * dq_h)[:, None] + d
+        tl.store(dq_at, tl.load(dq_at, mask=q_mask, other=0.0) + acc, mask=q_mask)
+    else:
+        at = (slot.to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
+        tl.store(slots + at[:, None] * DIM + d, acc, mask=q_mask)
+
+
+@triton.jit
+def _key_step(keys, values, queries, grads, row_lse, row_delta, allowed, dk, dv, scale, MASKED: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+    if MASKED:
+        scores = tl.where(allowed, scores, float("-inf"))
+    weights = tl.exp2(scores - row_lse[None, :])
+    dv = tl.dot(weights.to(grads.dtype), grads, dv, input_precision=PRECISION)
+    d_scores = weights * (tl.dot(values, tl.trans(grads), input_precision=PRECISION) - row_delta[None, :])
+    return tl.dot(d_scores.to(queries.dtype), queries, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def _load_rows(
+    q, grad_out, lse, delta, tile, sub, head0, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr,
+):  # fmt: skip
+    """Queries, their output's gradients, LSE and delta of rows of a query tile, and the rows' tokens in the tile."""
+    token, row, head, is_row = tile_rows(tile, sub, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    head = (head0 + head).to(tl.int64)
+    d = tl.arange(0, DIM_2)
+    dv = tl.arange(0, V_DIM_2)
+    queries = tl.load(q + (row * q_n + head * q_h)[:, None] + d, mask=is_row[:, None] & (d < DIM), other=0.0)
+    grads = tl.load(
+        grad_out + (row * grad_n + head * grad_h)[:, None] + dv, mask=is_row[:, None] & (dv < V_DIM), other=0.0
+    )
+    row_lse, row_delta = _row_values(lse, delta, row * lse_n + head * lse_h, row * delta_n + head * delta_h, is_row)
+    return queries, grads, row_lse, row_delta, token
+
+
+@triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "pages", "most"])
+def _grad_keys(
+    q, grad_out, lse, delta, k, v, guest_k, guest_v, dk, dv, guest_dk, guest_dv, slot_dk, slot_dv,
+    items, item_ptr, units, full_first, full_count, part_ptr, part_tile, part_mask, masks,
+    tokens, own_rows, own_pages, pages, most, scale,
+    q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h,
+    k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
+    dk_n, dk_h, dv_n, dv_h, guest_dk_n, guest_dk_h, guest_dv_n, guest_dv_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, SUBS: tl.constexpr, ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # SUBS programs beside each other share a page, COLUMNS rows each.
+    item, unit, table, exists = find_item(tl.program_id(0) // SUBS, items, item_ptr, units, most, 1)
+    if not exists:
+        return
+    sub = tl.program_id(0) % SUBS * COLUMNS
+    head0 = tl.load(unit + 1)
+    kv_head = tl.load(unit + 2).to(tl.int64)
+    rounds = tl.load(unit + 3) // HEADS
+    page = tl.load(item) - table * pages
+    slot = tl.load(item + 5)
+    d = tl.arange(0, DIM_2)
+    e = tl.arange(0, V_DIM_2)
+    column = tl.arange(0, COLUMNS)
+    there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
+    k_mask = there[:, None] & (d < DIM)
+    v_mask = there[:, None] & (e < V_DIM)
+    k_page, k_row = page_rows(
+        k + kv_head * k_h, guest_k + kv_head * guest_k_h, k_n, guest_k_n, page, own_pages, sub, BLOCK_K
+    )
+    v_page, v_row = page_rows(
+        v + kv_head * v_h, guest_v + kv_head * guest_v_h, v_n, guest_v_n, page, own_pages, sub, BLOCK_K
+    )
+    keys = tl.load(k_page + column[:, None] * k_row + d, mask=k_mask, other=0.0)
+    values = tl.load(v_page + column[:, None] * v_row + e, mask=v_mask, other=0.0)
+    scale2 = scale * _LOG2_E
+    acc_k = tl.zeros([COLUMNS, DIM_2], tl.float32)
+    acc_v = tl.zeros([COLUMNS, V_DIM_2], tl.float32)
+    PARTS: tl.constexpr = TILE_ROWS // ROWS  # of a query tile's rows
+
+    begin, end, full = partial_range(item, part_ptr)
+    for number in range(rounds):
+        head = head0 + number * HEADS
+        for i in range(begin * PARTS, end * PARTS):
+            tile = tl.load(part_tile + i // PARTS)
+            queries, grads, row_lse, row_delta, token = _load_rows(
+                q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h,
+                delta_n, delta_h, BLOCK_Q, ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
+            )  # fmt: skip
+            mask = tl.load(part_mask + i // PARTS)
+            allowed = mask_bits_transposed(masks, mask, token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
+            acc_k, acc_v = _key_step(
+                keys, values, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, scale2, True, PRECISION
+            )
+        run, tile, left = first_full(item, full_first, full_count)
+        for i in tl.range(0, full * PARTS, num_stages=STAGES):
+            queries, grads, row_lse, row_delta, token = _load_rows(
+                q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h,
+                delta_n, delta_h, BLOCK_Q, ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
+            )  # fmt: skip
+            acc_k, acc_v = _key_step(
+                keys, values, queries, grads, row_lse, row_delta, None, acc_k, acc_v, scale2, False, PRECISION
+            )
+            moves = (i % PARTS + 1) // PARTS
+            run, tile, left = next_full(full_first, full_count, run, tile, left, moves)
+
+    acc_k *= scale
+    if slot < 0:
+        dk_page, dk_row = page_rows(
+            dk + kv_head * dk_h, guest_dk + kv_head * guest_dk_h, dk_n, guest_dk_n, page, own_pages, sub, BLOCK_K
+        )
+        dv_page, dv_row = page_rows(
+            dv + kv_head * dv_h, guest_dv + kv_head * guest_dv_h, dv_n, guest_dv_n, page, own_pages, sub, BLOCK_K
+        )
+        k_at = dk_page + column[:, None] * dk_row + d
+        v_at = dv_page + column[:, None] * dv_row + e
+        tl.store(k_at, tl.load(k_at, mask=k_mask, other=0.0) + acc_k, mask=k_mask)
+        tl.store(v_at, tl.load(v_at, mask=v_mask, other=0.0) + acc_v, mask=v_mask)
+    else:
+        at = (slot.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_K + sub + column
+        tl.store(slot_dk + at[:, None] * DIM + d, acc_k, mask=k_mask)
+        tl.store(slot_dv + at[:, None] * V_DIM + e, acc_v, mask=v_mask)
+
+
+@triton.jit(do_not_specialize=["own_rows", "own_blocks", "rows_of_table", "most"])
+def _add_slots(
+    own, guests, slots, split, split_ptr, units, own_rows, own_blocks, rows_of_table, most,
+    own_n, own_h, guest_n, guest_h,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr,
+    DIM: tl.constexpr, DIM_2: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial results of a row that was cut to its block of a buffer, in order; HEADS heads a unit.
+
+    HEAD is the column of a unit that has its first head.
+    """
+    pid = tl.program_id(0)
+    unit = units + pid // (most * HEADS) * 4
+    table = tl.load(unit)
+    index = tl.load(split_ptr + table) + pid // HEADS % most
+    if index >= tl.load(split_ptr + table + 1):
+        return
+    head = (tl.load(unit + HEAD) + pid % HEADS).to(tl.int64)
+    block = tl.load(split + index * 3) - table * rows_of_table
+    slot0 = tl.load(split + index * 3 + 1)
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, DIM_2)
+    mask = (row < page_length(block, own_blocks, own_rows, 0, BLOCK))[:, None] & (d < DIM)
+    acc = tl.zeros([ROWS, DIM_2], tl.float32)
+    for number in range(tl.load(split + index * 3 + 2)):
+        at = ((slot0 + number).to(tl.int64) * ALL_HEADS + head) * BLOCK + row
+        acc += tl.load(slots + at[:, None] * DIM + d, mask=mask, other=0.0)
+    base, stride = page_rows(own + head * own_h, guests + head * guest_h, own_n, guest_n, block, own_blocks, 0, BLOCK)
+    sum_at = base + row[:, None] * stride + d
+    tl.store(sum_at, tl.load(sum_at, mask=mask, other=0.0) + acc, mask=mask)
+
+
+def backward(
+    q: Tensor,
+    own: Pages,
+    guests: Pages,
+    table: TileTable,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    d_own: Pages,
+    d_guests: Pages,
+    scale: float,
+) -> None:
+    device, heads, dim = q.device, q.shape[2], q.shape[3]
+    kv_heads, v_dim = own.v.shape[2:]
+    share = heads // kv_heads
+    programs = programs_at_once(device)
+    units, size, side_by_side = query_units(table, kv_heads, packs(table.block_q), device)
+    by_query = query_work(table, device, programs)
+    if by_query.most == 0:
+        return
+    by_key = key_work(table, device, programs, share)
+    size_2 = triton.next_power_of_2(size)
+    tile_rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
+    page_rows = max(16, triton.next_power_of_2(table.block_k))
+    dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
+    small = max(dim_2, v_dim_2) > 128 or q.dtype == q.float().dtype
+    sizes = dict(DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2)
+    shared = dict(
+        BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2, STAGES=1 if small else 2,
+        PRECISION=precision(q.dtype), num_warps=8 if tile_rows * page_rows > 64 * 64 else 4, **sizes,
+    )  # fmt: skip
+    slots = dq.new_empty(by_query.slots, heads, table.block_q, dim)
+    slot_dk = dq.new_empty(by_key.slots, kv_heads, table.block_k, dim)
+    slot_dv = dq.new_empty(by_key.slots, kv_heads, table.block_k, v_dim)
+    rows = (q, grad_out, lse, delta)
+    for b in range(q.shape[0]):
+        _grad_queries[(len(units) * by_query.most,)](
+            q[b], grad_out[b], lse[b], delta[b], dq[b], *_at(b, own, guests), slots,
+            by_query.items, by_query.item_ptr, units, *by_query.visits,
+            q.shape[1], own.k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
+            *_strides(*rows, dq, *own, *guests), COLUMNS=min(page_rows, 32 if small else 64), ROWS=tile_rows,
+            ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, **shared,
+        )  # fmt: skip
+        if by_query.slots:
+            _add_slots[(len(units) * by_query.most_split * size,)](
+                dq[b], dq[b], slots, by_query.split, by_query.split_ptr, units, q.shape[1], table.tiles, table.tiles,
+                by_query.most_split, *_strides(dq, dq), BLOCK=table.block_q,
+                ROWS=triton.next_power_of_2(table.block_q), HEAD=1, HEADS=size, ALL_HEADS=heads, DIM=dim, DIM_2=dim_2,
+                num_warps=8,
+            )  # fmt: skip
+        for kv_units in key_units(table, kv_heads, device):
+            columns = min(page_rows, 64 if small else 128)
+            subs = -(-table.block_k // columns)
+            _grad_keys[(len(kv_units) * by_key.most * subs,)](
+                q[b], grad_out[b], lse[b], delta[b], *_at(b, own, guests, d_own, d_guests), slot_dk, slot_dv,
+                by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
+                q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
+                *_strides(*rows, *own, *guests, *d_own, *d_guests), COLUMNS=columns, SUBS=subs,
+                ROWS=min(tile_rows, 32 if small else 64), TILE_ROWS=tile_rows, KV_HEADS=kv_heads, **shared,
+            )  # fmt: skip
+            if by_key.slots:
+                for own_grad, guest_grad, slot, n, n_2 in (
+                    (d_own.k, d_guests.k, slot_dk, dim, dim_2),
+                    (d_own.v, d_guests.v, slot_dv, v_dim, v_dim_2),
+                ):
+                    _add_slots[(len(kv_units) * by_key.most_split,)](
+                        own_grad[b], guest_grad[b], slot, by_key.split, by_key.split_ptr, kv_units, own.k.shape[1],
+                        table.own_pages, table.pages, by_key.most_split, *_strides(own_grad, guest_grad),
+                        BLOCK=table.block_k, ROWS=page_rows, HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=n, DIM_2=n_2,
+                        num_warps=8,
+                    )  # fmt: skip
+
+
+def _at(b: int, *pages: Pages) -> list[Tensor]:
+    return [x[b] for pair in pages for x in pair]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of the rows and the heads of each."""
+    return [n for x in tensors for n in x.stride()[1:3]]

@@ -1,0 +1,109 @@
+"""What the compiled attention kernels share: which item a program has, walking its visits, and masks from bits.
+
+A program has one item of work (work.py) of one unit of heads. Rows of a query tile are (token, head) pairs, row
+``r`` being token ``r // HEADS`` and head ``r % HEADS`` of the unit, so that a tile of few tokens still fills the matrix
+unit with the heads that share its keys.
+"""
+
+import triton
+import triton.language as tl
+
+from distattn.kernels.work import ITEM, UNIT
+
+_ITEM = tl.constexpr(ITEM)
+_UNIT = tl.constexpr(UNIT)
+
+
+@triton.jit
+def find_item(number, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr):
+    """The item of a program: its pointer, a pointer to its unit, its table, and whether there is such an item.
+
+    Programs beside each other have the same item in SIDE_BY_SIDE units that read the same keys, then come the items of
+    these units, longest first.
+    """
+    unit = units + ((number // SIDE_BY_SIDE) // most * SIDE_BY_SIDE + number % SIDE_BY_SIDE) * _UNIT
+    table = tl.load(unit)
+    index = tl.load(item_ptr + table) + (number // SIDE_BY_SIDE) % most
+    return items + index * _ITEM, unit, table, index < tl.load(item_ptr + table + 1)
+
+
+@triton.jit
+def partial_range(item, part_ptr):
+    """Of an item's visits: where its PARTIAL ones begin and end, and how many are FULL."""
+    row = tl.load(item)
+    first = tl.load(item + 1)
+    count = tl.load(item + 2)
+    begin = tl.load(part_ptr + row)
+    partial = tl.load(part_ptr + row + 1) - begin
+    stop = tl.maximum(tl.minimum(first + count, partial), first)
+    return begin + first, begin + stop, count - (stop - first)
+
+
+@triton.jit
+def first_full(item, full_first, full_count):
+    """Where an item's FULL visits begin: (run, what is visited, how many are left in the run)."""
+    run = tl.load(item + 3)
+    skip = tl.load(item + 4)
+    return run, tl.load(full_first + run) + skip, tl.load(full_count + run) - skip
+
+
+@triton.jit
+def next_full(full_first, full_count, run, at, left, moves):
+    """The FULL visit after (run, at, left), if ``moves`` is 1; the same one if it is 0. No branch: it is pipelined."""
+    left -= moves
+    ends = left <= 0
+    run += ends.to(tl.int32)
+    # Both arrays have one entry more than there are runs.
+    at = tl.where(ends, tl.load(full_first + run), at + moves)
+    return run, at, tl.where(ends, tl.load(full_count + run), left)
+
+
+@triton.jit
+def tile_rows(
+    tile, row0, tokens, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr
+):
+    """Of rows row0 .. row0 + ROWS - 1 of a query tile: token in the tile, token of the rank, head, and if it exists."""
+    row = row0 + tl.arange(0, ROWS)
+    token = row // HEADS_2
+    head = row % HEADS_2
+    at = tile * BLOCK_Q + token
+    return token, at.to(tl.int64), head, (token < BLOCK_Q) & (head < HEADS) & (at < tokens)
+
+
+@triton.jit
+def page_rows(own, guests, own_stride, guest_stride, page, own_pages, sub, BLOCK_K: tl.constexpr):
+    """Pointer to row ``sub`` of a page of one head, and the distance from row to row."""
+    mine = page < own_pages
+    stride = tl.where(mine, own_stride, guest_stride)
+    row = tl.where(mine, page, page - own_pages).to(tl.int64) * BLOCK_K + sub
+    return tl.where(mine, own, guests) + row * stride, stride
+
+
+@triton.jit
+def page_length(page, own_pages, own_rows, sub, BLOCK_K: tl.constexpr):
+    """Rows of a page from row ``sub`` on; the rank's last page may be short."""
+    return tl.where(page < own_pages, tl.minimum(own_rows - page * BLOCK_K, BLOCK_K), BLOCK_K) - sub
+
+
+@triton.jit
+def mask_bits(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """bool [rows, COLUMNS]: whether a row may attend to columns sub .. of a page. Rows beyond the tile may not."""
+    WORDS: tl.constexpr = (BLOCK_K + 31) // 32  # of a mask's row
+    HERE: tl.constexpr = (COLUMNS + 31) // 32
+    word = sub // 32 + tl.arange(0, HERE)
+    row = masks + (mask.to(tl.int64) * BLOCK_Q + token) * WORDS
+    words = tl.load(row[:, None] + word[None, :], mask=(token < BLOCK_Q)[:, None] & (word < WORDS)[None, :], other=0)
+    bits = (words[:, :, None] >> tl.arange(0, COLUMNS // HERE)[None, None, :]) & 1
+    return tl.reshape(bits, [token.shape[0], COLUMNS]) != 0
+
+
+@triton.jit
+def mask_bits_transposed(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """bool [COLUMNS, rows]: the transpose of :func:`mask_bits`."""
+    WORDS: tl.constexpr = (BLOCK_K + 31) // 32
+    HERE: tl.constexpr = (COLUMNS + 31) // 32
+    word = sub // 32 + tl.arange(0, HERE)
+    row = masks + (mask.to(tl.int64) * BLOCK_Q + token) * WORDS
+    words = tl.load(row[None, :] + word[:, None], mask=(token < BLOCK_Q)[None, :] & (word < WORDS)[:, None], other=0)
+    bits = (words[:, None, :] >> tl.arange(0, COLUMNS // HERE)[None, :, None]) & 1
+    return tl.reshape(bits, [COLUMNS, token.shape[0]]) != 0

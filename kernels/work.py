@@ -1,0 +1,208 @@
+"""What the programs of a compiled kernel do: a tile table on the device, and its rows cut into items of work.
+
+Rows differ: beside query tiles that visit five pages there may be one that visits eight thousand. An item is a row,
+or a piece of a long row, and items are ordered longest first, so that a chip that takes them in order is busy to the
+end (Graham, "Bounds on multiprocessing timing anomalies", 1969: at most 4/3 of the best for whole rows). The pieces of
+a row leave partial results in slots, which a second kernel adds up, in order: the result does not depend on timing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distattn.kernels.table import KeyTable, TileTable
+
+ITEM = 6
+"""Columns of an item: row, first visit, visits, run of its first FULL visit, visits of that run to skip, slot or -1."""
+UNIT = 4
+"""Columns of a unit, heads that a program takes together: table, first query head, key/value head, query heads."""
+# The longest item takes at most this share of the time that an evenly loaded chip would need for everything.
+_LONGEST = 0.25
+# Pieces shorter than this spend more on their partial results than they save.
+_SHORTEST = 16
+
+
+class Visits(NamedTuple):
+    """One direction of a tile table on the device; the fields are those of TileTable or KeyTable, int32.
+
+    A row's visits are counted from 0: its PARTIAL ones in order, then the pages of its FULL runs.
+    """
+
+    full_first: Tensor
+    full_count: Tensor
+    part_ptr: Tensor
+    part_other: Tensor
+    part_mask: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What one launch reads.
+
+    visits: the table.
+    items: int32 [items, ITEM], by table, longest first. All arrays have one entry more, which nobody needs.
+    item_ptr: int32 [tables + 1].
+    most: the largest number of items of a table.
+    slots: number of partial results.
+    split: int32 [rows that were cut, 3]: row, its first slot, how many it has; by table. Their partial results are
+        to be added up.
+    split_ptr: int32 [tables + 1]; most_split: the largest number of such rows of a table.
+    """
+
+    visits: Visits
+    items: Tensor
+    item_ptr: Tensor
+    most: int
+    slots: int
+    split: Tensor
+    split_ptr: Tensor
+    most_split: int
+
+
+def query_work(table: TileTable, device: torch.device, programs: int) -> Work:
+    """Items of query tiles, for a chip that runs so many programs at once. Kept with the table."""
+    key = ("query", device, programs)
+    if key not in table.cache:
+        other = (table.part_page, table.part_mask)
+        table.cache[key] = _make(table, table.tiles, table, other, table.heads_by_table, device, programs, 1)
+    made: Work = table.cache[key]
+    return made
+
+
+def key_work(table: TileTable, device: torch.device, programs: int, share: int) -> Work:
+    """Items of key pages, each for ``share`` query heads. Kept with the table."""
+    key = ("key", device, programs, share)
+    if key not in table.cache:
+        by_key = table.by_key
+        other = (by_key.part_tile, by_key.part_mask)
+        table.cache[key] = _make(by_key, table.pages, table, other, table.heads_by_table, device, programs, share)
+    made: Work = table.cache[key]
+    return made
+
+
+def _make(
+    rows: TileTable | KeyTable,
+    rows_of_table: int,
+    table: TileTable,
+    partial: tuple[NDArray[np.int32], NDArray[np.int32]],
+    heads: NDArray[np.int64],
+    device: torch.device,
+    programs: int,
+    share: int,
+) -> Work:
+    items, item_ptr, split, split_ptr, slots = make_items(
+        rows.full_ptr, rows.full_count, rows.part_ptr, rows_of_table, heads, programs, share
+    )
+
+    def there(array: NDArray[Any]) -> Tensor:
+        flat = np.ascontiguousarray(array).view(np.int32).ravel()
+        # One entry more: what is read ahead exists, and nothing is empty.
+        return torch.from_numpy(np.append(flat, np.int32(0))).to(device)
+
+    visits = Visits(*map(there, (rows.full_first, rows.full_count, rows.part_ptr, *partial, table.masks)))
+    return Work(
+        visits,
+        there(items),
+        there(item_ptr),
+        int(np.diff(item_ptr).max(initial=0)),
+        slots,
+        there(split),
+        there(split_ptr),
+        int(np.diff(split_ptr).max(initial=0)),
+    )
+
+
+def make_items(
+    full_ptr: NDArray[np.int32],
+    full_count: NDArray[np.int32],
+    part_ptr: NDArray[np.int32],
+    rows_of_table: int,
+    heads: NDArray[np.int64],
+    programs: int,
+    share: int = 1,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], int]:
+    """Cuts rows into items.
+
+    Args:
+        rows_of_table: how many rows each table has, one table after the other.
+        heads: int64 [tables]: query heads that read each table.
+        programs: how many items run at a time.
+        share: query heads that an item's visits are made for.
+
+    Returns:
+        items int32 [n, ITEM], item_ptr int32 [tables + 1], split int32 [m, 3], split_ptr int32 [tables + 1], slots.
+    """
+    before = np.zeros(len(full_count) + 1, np.int64)  # FULL visits in all runs before each run
+    np.cumsum(full_count, out=before[1:])
+    partial = np.diff(part_ptr).astype(np.int64)
+    visits = partial + np.diff(before[full_ptr])
+    table = np.arange(len(visits)) // max(rows_of_table, 1)
+    even = float((visits * heads[table]).sum()) / programs
+    longest = max(_SHORTEST, int(_LONGEST * even / share))
+    pieces = -(-visits // longest)
+    row = np.repeat(np.arange(len(visits)), pieces)
+    piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    # Equal pieces, to within one visit.
+    first = piece * visits[row] // np.maximum(pieces[row], 1)
+    count = (piece + 1) * visits[row] // np.maximum(pieces[row], 1) - first
+    full_before = before[full_ptr[row]] + np.maximum(first - partial[row], 0)
+    run = np.searchsorted(before, full_before, side="right") - 1
+    skip = full_before - before[run]
+    cut = pieces[row] > 1
+    slot = np.where(cut, np.cumsum(cut) - 1, -1)
+    order = np.lexsort((np.arange(len(row)), -count, table[row]))
+    items = np.stack((row, first, count, run, skip, slot), axis=1)[order].astype(np.int32)
+    split_row = np.flatnonzero(pieces > 1)
+    split = np.stack((split_row, np.cumsum(pieces[split_row]) - pieces[split_row], pieces[split_row]), axis=1)
+    tables = len(heads)
+    item_ptr = np.searchsorted(table[row], np.arange(tables + 1)).astype(np.int32)
+    split_ptr = np.searchsorted(table[split_row], np.arange(tables + 1)).astype(np.int32)
+    return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
+
+
+def query_units(table: TileTable, kv_heads: int, pack: bool, device: torch.device) -> tuple[Tensor, int, int]:
+    """Units of query heads: one head, or with ``pack`` all that share a key/value head, where they share a table.
+
+    Returns:
+        units int32 [n, UNIT], heads of each, and how many units beside each other read the same keys.
+    """
+    key = ("query units", kv_heads, pack, device)
+    if key not in table.cache:
+        heads = len(table.head_table)
+        share = heads // kv_heads
+        alike = all(len({*table.head_table[h : h + share]}) == 1 for h in range(0, heads, share))
+        size = share if pack and alike else 1
+        units = [(table.head_table[h], h, h // share, size) for h in range(0, heads, size)]
+        there = torch.tensor(units, dtype=torch.int32, device=device)
+        table.cache[key] = there, size, share // size if alike else 1
+    made: tuple[Tensor, int, int] = table.cache[key]
+    return made
+
+
+def key_units(table: TileTable, kv_heads: int, device: torch.device) -> list[Tensor]:
+    """Units by key/value head: runs of its query heads that share a table.
+
+    Returns:
+        int32 [n, UNIT] each, to be run one after the other: a key/value head occurs once in each.
+    """
+    key = ("key units", kv_heads, device)
+    if key not in table.cache:
+        share = len(table.head_table) // kv_heads
+        rounds: list[list[tuple[int, int, int, int]]] = []
+        for kv_head in range(kv_heads):
+            mine = range(kv_head * share, (kv_head + 1) * share)
+            for number, (index, members) in enumerate(groupby(mine, key=table.head_table.__getitem__)):
+                heads = list(members)
+                rounds += [[]] if number == len(rounds) else []
+                rounds[number].append((index, heads[0], kv_head, len(heads)))
+        table.cache[key] = [torch.tensor(units, dtype=torch.int32, device=device) for units in rounds]
+    made: list[Tensor] = table.cache[key]
+    return made

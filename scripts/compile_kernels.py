@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Compiles the kernels in Triton for GPUs that this machine does not have, and prints what the assembler made of them.
+
+    python scripts/compile_kernels.py [sm_80 sm_90 ...]
+
+A launch on the CPU is recorded with its arguments instead of being run; what was recorded is then compiled.
+Columns: registers a thread, bytes spilled a thread, shared memory of a program in KiB, seconds that it took.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from distattn.axis import Axis
+from distattn.kernels import attention
+from distattn.kernels.attention import Pages
+from distattn.patterns import Causal, GlobalTokens, SlidingWindow
+from distattn.tiles import Extents, assemble, visit
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def record(dtype: torch.dtype, block_q: int, block_k: int, head_dim: int, value_dim: int) -> list[Launch]:
+    """The launches of a forward and a backward pass of 8 query heads and 2 key heads."""
+    found: list[Launch] = []
+
+    def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if all(launch.kernel is not kernel for launch in found):
+            found.append(Launch(kernel, arguments, options))
+
+    tokens, heads, kv_heads = 64 * max(block_q, block_k), 8, 2
+    queries, keys = Axis.grid(tokens, block_q), Axis.grid(tokens, block_k)
+    visits = visit(Causal() & (SlidingWindow(4 * block_k, 0) | GlobalTokens(range(4))), queries, keys)
+    parts = [[(visits, Extents.of(torch.arange(keys.blocks).numpy(), 0))]]
+    table = assemble(parts, [0] * heads, queries.blocks, (block_q, block_k), keys.blocks, 0)
+    q, grad = (torch.zeros(1, tokens, heads, n, dtype=dtype) for n in (head_dim, value_dim))
+    own = Pages(*(torch.zeros(1, tokens, kv_heads, n, dtype=dtype) for n in (head_dim, value_dim)))
+    lse = torch.zeros(1, tokens, heads)
+    nobody = Pages(own.k[:, :0], own.v[:, :0])
+    before = JITFunction.run, attention.use_triton
+    JITFunction.run, attention.use_triton = run, lambda q: True
+    try:
+        attention.attention_forward(q, own, nobody, table, grad, lse, scale=0.1)
+        gradients = [Pages(x.k.float(), x.v.float()) for x in (own, nobody)]
+        attention.attention_backward(q, own, nobody, table, grad, lse, lse, q.float(), *gradients, scale=0.1)
+    finally:
+        JITFunction.run, attention.use_triton = before
+    return found
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """As Triton would specialize it: pointers and numbers that 16 divides, ones as constants."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[index] if index < len(launch.arguments) else launch.options[name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if special and isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", default=["sm_90"], help="default: sm_90")
+    for architecture in parser.parse_args().architectures:
+        for dtype, *sizes in (
+            (torch.bfloat16, 128, 128, 128, 128),
+            (torch.bfloat16, 16, 64, 64, 64),
+            (torch.float32, 64, 64, 80, 96),
+        ):
+            for launch in record(dtype, *sizes):
+                began = time.monotonic()
+                kernel = compile_launch(launch, int(architecture.removeprefix("sm_")))
+                took = time.monotonic() - began
+                path = Path(triton.knobs.cache.dir) / "compiled.cubin"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(kernel.asm["cubin"])
+                usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True)
+                registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
+                what = f"{architecture} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}"
+                print(
+                    f"{what:34} {launch.kernel.fn.__name__:14} registers {registers:>3} spilled {stack:>4} "
+                    f"shared {kernel.metadata.shared / 1024:5.0f} KiB {took:5.1f} s",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
