@@ -133,6 +133,8 @@ class TileTable:
 
     def subset(self, tiles: NDArray[np.bool_]) -> TileTable:
         """The table in which other query tiles visit nothing. tiles: bool [tiles]."""
+        if tiles.all():
+            return self
         keep = np.tile(tiles, self.tables)
         full = np.repeat(keep, np.diff(self.full_ptr))
         part = np.repeat(keep, np.diff(self.part_ptr))

@@ -91,6 +91,7 @@ def test_dense_attention_goes_round_a_ring_and_windows_do_not() -> None:
     assert on_paper(presets.mistral(1000), 1 << 16, 8).schedule == "direct"
 
 
+@pytest.mark.full
 def test_a_thousand_ranks_and_a_hundred_million_tokens_are_explained() -> None:
     plan = on_paper(AttentionSpec(Causal() & (SlidingWindow(4095, 0) | GlobalTokens(range(64)))), 100_000_000, 1024, 17)
     text = plan.explain()
