@@ -277,10 +277,12 @@ def plan() -> Plan:
     return make_plan(spec, 61, heads=4, kv_heads=2, head_dim=32, block_q=16, block_k=16)
 
 
+@pytest.mark.full  # this and the next import the compiler, which can take minutes
 def test_operators_pass_opcheck(plan: Plan) -> None:
     torch.library.opcheck(torch.ops.distattn.attend.default, (*tensors(plan), plan.name, 0.2))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_compiles_into_one_graph(schedule: str) -> None:
     spec = AttentionSpec(SlidingWindow(9, 9) | GlobalTokens(range(0, 60, 17)))

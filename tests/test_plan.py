@@ -154,6 +154,7 @@ def test_impossible_arguments_are_named(change: dict[str, Any], message: str) ->
         make_plan(Causal(), 100, **SIZES)  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = on_paper(presets.longformer(50, global_tokens=(0, 900)), 2000, 3).picture(tmp_path / "plan.png")
