@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_triton import (
+    UNIT_SIZE,
     find_item,
     first_full,
     mask_bits,
@@ -145,7 +146,7 @@ def _merge_slots(
     V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, RESUME: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial results of a row that was cut, in order."""
-    unit = units + tl.program_id(0) // most * 4
+    unit = units + tl.program_id(0) // most * UNIT_SIZE
     table = tl.load(unit)
     index = tl.load(split_ptr + table) + tl.program_id(0) % most
     if index >= tl.load(split_ptr + table + 1):

@@ -17,6 +17,7 @@ from torch import Tensor
 from distattn.kernels.attention_triton import packs, precision, programs_at_once
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_triton import (
+    UNIT_SIZE,
     find_item,
     first_full,
     mask_bits,
@@ -271,7 +272,7 @@ def _add_slots(
     HEAD is the column of a unit that has its first head.
     """
     pid = tl.program_id(0)
-    unit = units + pid // (most * HEADS) * 4
+    unit = units + pid // (most * HEADS) * UNIT_SIZE
     table = tl.load(unit)
     index = tl.load(split_ptr + table) + pid // HEADS % most
     if index >= tl.load(split_ptr + table + 1):

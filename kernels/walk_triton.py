@@ -10,8 +10,8 @@ import triton.language as tl
 
 from distattn.kernels.work import ITEM, UNIT
 
-_ITEM = tl.constexpr(ITEM)
-_UNIT = tl.constexpr(UNIT)
+ITEM_SIZE = tl.constexpr(ITEM)
+UNIT_SIZE = tl.constexpr(UNIT)
 
 
 @triton.jit
@@ -21,10 +21,10 @@ def find_item(number, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr):
     Programs beside each other have the same item in SIDE_BY_SIDE units that read the same keys, then come the items of
     these units, longest first.
     """
-    unit = units + ((number // SIDE_BY_SIDE) // most * SIDE_BY_SIDE + number % SIDE_BY_SIDE) * _UNIT
+    unit = units + ((number // SIDE_BY_SIDE) // most * SIDE_BY_SIDE + number % SIDE_BY_SIDE) * UNIT_SIZE
     table = tl.load(unit)
     index = tl.load(item_ptr + table) + (number // SIDE_BY_SIDE) % most
-    return items + index * _ITEM, unit, table, index < tl.load(item_ptr + table + 1)
+    return items + index * ITEM_SIZE, unit, table, index < tl.load(item_ptr + table + 1)
 
 
 @triton.jit

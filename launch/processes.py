@@ -45,7 +45,12 @@ _PROCESSES.set_forkserver_preload(
 def prepare() -> None:
     """Let the server of children start and import while this process goes on; returns at once."""
     if sys.platform == "linux":
-        forkserver.ensure_running()
+        # Ctrl-C in a terminal reaches the server too, which ignores it only once it has imported everything.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Message(NamedTuple):
@@ -91,6 +96,7 @@ class Processes:
     ) -> None:
         self._stop_timeout = stop_timeout
         self._children: list[_Child] = []
+        prepare()
         try:
             for _ in arguments:
                 self._children.append(_Child(target, dict(env), list(path)))
@@ -257,6 +263,7 @@ class _Start:
 
     def __call__(self) -> None:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `prepare`
         _die_with_the_parent()
         output: int = self.output.detach()  # what DupFd has become on the way
         for descriptor in (1, 2):

@@ -11,6 +11,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,10 +99,11 @@ def main() -> None:
                 began = time.monotonic()
                 kernel = compile_launch(launch, int(architecture.removeprefix("sm_")))
                 took = time.monotonic() - began
-                path = Path(triton.knobs.cache.dir) / "compiled.cubin"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(kernel.asm["cubin"])
-                usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True)
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(kernel.asm["cubin"])
+                    file.flush()
+                    command = [CUOBJDUMP, "-res-usage", file.name]
+                    usage = subprocess.run(command, capture_output=True, text=True, check=True)
                 registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
                 what = f"{architecture} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}"
                 print(

@@ -289,6 +289,7 @@ def waiting(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout
         pids: list[int] = []
@@ -303,7 +304,7 @@ def waiting(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]
 
 def test_ctrl_c_ends_everything_with_one_line(waiting: tuple[subprocess.Popen[str], list[int]]) -> None:
     process, pids = waiting
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that is in its foreground
     _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (130, "distattn: interrupted\n")
     assert all(gone(pid) for pid in pids)
