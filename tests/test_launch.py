@@ -25,6 +25,7 @@ from distattn.jobs.context import Context
 from distattn.launch import local
 from distattn.launch.processes import Exit, Line, Message, Processes
 from distattn.launch.ranks import Throttled
+from distattn.launch.run import main
 
 TESTS = Path(__file__).parent
 PATIENCE = 400.0  # seconds to wait for what takes a few on an idle machine
@@ -234,15 +235,15 @@ def torchrun(*arguments: str) -> list[str]:
     ]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     checkout = Path(distattn.__file__).parent.parent  # the folders in which the commands run are elsewhere
     path = os.pathsep.join([str(TESTS), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return local.rank_environment() | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+    return local.rank_environment() | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def run(arguments: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        arguments, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=2 * PATIENCE
+        arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=2 * PATIENCE
     )
 
 
@@ -250,12 +251,20 @@ def job(name: str) -> tuple[str, ...]:
     return "job=custom", f"job.name=trial_jobs:{name}", "launcher.device=cpu"
 
 
-def test_a_sweep_runs_one_job_after_the_other_despite_stale_variables(tmp_path: Path) -> None:
+def test_a_sweep_runs_one_job_after_the_other_despite_stale_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     stale = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    for name, value in stale.items():
+        monkeypatch.setenv(name, value)
     sweep = ["-m", *job("total"), "+job.params.x0=10", "launcher.num_workers=1,2", "output_dir=out"]
-    done = run(command(*sweep), tmp_path, **stale)
-    assert done.returncode == 0, done.stderr
-    reports = [line.split(" in ")[0] for line in done.stdout.splitlines() if line.startswith("sum")]
+    monkeypatch.setattr(sys, "argv", ["distattn", *sweep])  # in this process, which has imported what it needs
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capfd.readouterr()
+    assert end.value.code == 0, err
+    reports = [line.split(" in ")[0] for line in out.splitlines() if line.startswith("sum")]
     assert reports == ["sum 11 of 1", "sum 13 of 2"]
     written = [{path.name for path in (tmp_path / "out" / number).glob("rank?")} for number in "01"]
     assert written == [{"rank0"}, {"rank0", "rank1"}]
