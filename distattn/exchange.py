@@ -23,6 +23,8 @@ from distattn.messages import Message, Transfer
 
 # Up to this many runs are copied one by one; more are gathered through an index.
 _FEW_RUNS = 16
+# PyTorch 2.13 renamed it, and warns of the old name.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Exchange:
         padded = mine.new_zeros(transfer.chunk * per_row)
         padded[: mine.numel()] = mine
         every = mine.new_empty(self.world_size * padded.numel())
-        work = dist.all_gather_into_tensor(every, padded, group=self.group, async_op=True)
+        work = _all_gather_single(every, padded, group=self.group, async_op=True)
         self.counter.add("all_gather", padded.nbytes * (self.world_size - 1))
 
         def finish() -> None:

@@ -1,7 +1,8 @@
-"""Setting up: what happens before and after the installation itself."""
+"""Setting up: what happens before and after the installation itself. And that the measuring scripts load."""
 
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -80,3 +81,10 @@ def test_a_missing_python_is_named(checkout: Path) -> None:
     done = set_up(checkout, PATH=str(tools), PYTHON="")
     assert done.returncode == 1
     assert "found no Python 3.11, 3.12 or 3.13 with the venv module" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_measuring_scripts_load(path: Path) -> None:
+    if path.stem == "compile_kernels":
+        pytest.importorskip("triton")
+    assert callable(runpy.run_path(str(path))["main"])  # main is not called: the name is not "__main__"
