@@ -291,6 +291,8 @@ def test_torchrun_names_the_first_error(tmp_path: Path) -> None:
 @pytest.fixture
 def waiting(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """The command, running a job that does not end by itself, and the pids of its ranks."""
+    # A child inherits that a signal is ignored, as in a background job of a shell, but no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         command(*job("waits"), "launcher.stop_timeout=1"),
         cwd=tmp_path,
@@ -300,6 +302,7 @@ def waiting(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]
         text=True,
         start_new_session=True,
     ) as process:
+        signal.signal(signal.SIGINT, before)
         assert process.stdout
         pids: list[int] = []
         for line in process.stdout:
