@@ -8,7 +8,7 @@ from one second to the next; a row has the median of the rounds. TFLOP/s count 4
 times that backward, where the pairs are the attended ones for dense causal attention and else those of visited tiles.
 Before anything is timed, sampled rows of each forward pass are checked against the float64 oracle.
 
-Without a GPU the same script runs on the CPU, where `--shrink 64` divides lengths by 64: that shows that it works.
+Without a GPU the same script runs on the CPU, with fewer peers; `--shrink 256` divides lengths by 256.
 """
 
 from __future__ import annotations
@@ -41,10 +41,30 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 class Case(NamedTuple):
+    """Dense causal attention; or a causal window and global keys; or so many random blocks a row, not causal."""
+
     name: str
     length: int
-    pattern: Callable[[int], Pattern]
+    window: int | None = None
+    globals_: int = 0
+    blocks: int | None = None
     backward: bool = True
+
+    @property
+    def dense(self) -> bool:
+        return self.window is None and self.blocks is None
+
+    def pattern(self, length: int) -> Pattern:
+        if self.blocks is not None:
+            rows = length // BLOCK
+            take = min(self.blocks, rows)
+            generator = np.random.default_rng(0)
+            columns = [np.sort(generator.choice(rows, take, replace=False)) for _ in range(rows)]
+            return BlockSparse(np.arange(rows + 1) * take, np.concatenate(columns), BLOCK)
+        if self.window is None:
+            return Causal()
+        near = SlidingWindow(self.window - 1, 0)
+        return Causal() & (near | GlobalKeys(range(self.globals_)) if self.globals_ else near)
 
 
 class Runner(NamedTuple):
@@ -55,33 +75,15 @@ class Runner(NamedTuple):
     backward: Callable[[], object]
 
 
-def random_blocks(row: int) -> Callable[[int], Pattern]:
-    def make(length: int) -> Pattern:
-        blocks = length // BLOCK
-        generator = np.random.default_rng(0)
-        some = [np.sort(generator.choice(blocks, min(row, blocks), replace=False)) for _ in range(blocks)]
-        return BlockSparse(np.arange(blocks + 1) * len(some[0]), np.concatenate(some), BLOCK)
-
-    return make
-
-
-def window(globals_: int) -> Callable[[int], Pattern]:
-    def make(length: int) -> Pattern:
-        near = SlidingWindow(4095, 0)
-        return Causal() & (near | GlobalKeys(range(globals_)) if globals_ else near)
-
-    return make
-
-
 CASES = {
     case.name: case
     for case in (
-        Case("dense causal", 32_768, lambda length: Causal()),
-        Case("16 blocks a row", 65_536, random_blocks(16)),
-        Case("64 blocks a row", 65_536, random_blocks(64)),
-        Case("window 4,096", 131_072, window(0)),
-        Case("window 4,096 + 64 globals", 131_072, window(64)),
-        Case("window 4,096 + 64 globals, 1M", 1_048_576, window(64), backward=False),
+        Case("dense causal", 32_768),
+        Case("16 blocks a row", 65_536, blocks=16),
+        Case("64 blocks a row", 65_536, blocks=64),
+        Case("window 4,096", 131_072, window=4096),
+        Case("window 4,096 + 64 globals", 131_072, window=4096, globals_=64),
+        Case("window 4,096 + 64 globals, 1M", 1_048_576, window=4096, globals_=64, backward=False),
     )
 }
 
@@ -112,84 +114,87 @@ def ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> tup
 
 def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> list[Runner]:
     """The other kernels that can compute this case here; tensors are [batch, tokens, heads, dim]."""
-    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
-    found: list[Runner] = []
-
-    def add(name: str, run: Callable[..., Tensor], inputs: list[Tensor], heads_first: bool) -> None:
-        kept: list[Tensor] = []
-
-        def forward() -> Tensor:
-            kept[:] = [run(*inputs)]
-            return kept[0].detach().transpose(1, 2) if heads_first else kept[0].detach()
-
-        def backward() -> object:
-            return torch.autograd.grad(
-                kept[0], inputs, grad.transpose(1, 2) if heads_first else grad, retain_graph=True
-            )
-
-        try:
-            forward()
-            found.append(Runner(name, forward, backward))
-        except Exception as error:  # a peer that this machine or case does not suit
-            print(f"  {name} does not run: {str(error).splitlines()[0] if str(error) else error!r}", flush=True)
-
-    if isinstance(pattern, Causal):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.nn.functional import scaled_dot_product_attention
-
-        backends = {"SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA, FA2": SDPBackend.FLASH_ATTENTION}
-        if q.device.type == "cpu":
-            backends = {"SDPA": SDPBackend.MATH}
-        for name, backend in backends.items():
-
-            def dense(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
-                with sdpa_kernel(backend):
-                    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-            add(name, dense, leaves, heads_first=True)
+    makers: dict[str, Callable[[], Callable[..., Tensor]]] = {}
     if q.device.type == "cuda":
-        flex = flex_attention(pattern, q.shape[1], q.device)
-        add("FlexAttention", flex, leaves, heads_first=True)
+        if case.dense:
+            makers |= {"SDPA, cuDNN": lambda: sdpa("CUDNN_ATTENTION"), "SDPA, FA2": lambda: sdpa("FLASH_ATTENTION")}
+        makers["FlexAttention"] = lambda: flex_attention(case, pattern, q.shape[1], q.device)
+        if case.blocks is None and not case.globals_:
+            makers["FlashAttention-4"] = lambda: flash_attention_4(case)
+    elif case.dense:
+        makers["SDPA"] = lambda: sdpa("MATH")
+    found = []
+    for name, make in makers.items():
         try:
-            from flash_attn.cute import flash_attn_func
-        except ImportError:
-            return found
-        reach = {"dense causal": (None, None), "window 4,096": (4095, 0)}.get(case.name)
-        if reach:
-            plain = [x.detach().requires_grad_() for x in (q, k, v)]
-
-            def cute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                out = flash_attn_func(q, k, v, causal=True, window_size=reach)
-                return out[0] if isinstance(out, tuple) else out
-
-            add("FlashAttention-4", cute, plain, heads_first=False)
+            runner = with_gradients(name, make(), q, k, v, grad)
+            runner.forward()
+            if case.backward:
+                runner.backward()
+            found.append(runner)
+        except Exception as error:  # one that is not installed, or does not suit this machine
+            print(f"  {name} does not run: {str(error).partition(chr(10))[0] or repr(error)}", flush=True)
     return found
 
 
-def flex_attention(pattern: Pattern, length: int, device: torch.device) -> Callable[..., Tensor]:
+def with_gradients(name: str, run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Runner:
+    """run(q, k, v) -> out, all [batch, tokens, heads, dim]."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    kept: list[Tensor] = []
+
+    def forward() -> Tensor:
+        kept[:] = [run(*inputs)]
+        return kept[0].detach()
+
+    return Runner(name, forward, lambda: torch.autograd.grad(kept[0], inputs, grad, retain_graph=True))
+
+
+def heads_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *tensors: run(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
+
+
+def sdpa(backend: str) -> Callable[..., Tensor]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return heads_first(run)
+
+
+def flash_attention_4(case: Case) -> Callable[..., Tensor]:
+    from flash_attn.cute import flash_attn_func
+
+    reach = (None, None) if case.window is None else (case.window - 1, 0)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=True, window_size=reach)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def flex_attention(case: Case, pattern: Pattern, length: int, device: torch.device) -> Callable[..., Tensor]:
     from torch.nn.attention import flex_attention as flex
 
+    blocks = length // BLOCK
+    has = torch.zeros(blocks, blocks, dtype=torch.bool, device=device)
     if isinstance(pattern, BlockSparse):
-        blocks = length // BLOCK
-        table = np.zeros((blocks, blocks), np.bool_)
-        table[np.repeat(np.arange(blocks), np.diff(pattern.row_ptr)), list(pattern.col)] = True
-        has = torch.from_numpy(table).to(device)
+        row = np.repeat(np.arange(blocks), np.diff(pattern.row_ptr))
+        has[torch.from_numpy(row).to(device), torch.tensor(pattern.col, device=device)] = True
+    window, globals_ = case.window or length, case.globals_
 
-        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return has[q // BLOCK, k // BLOCK]
-    elif isinstance(pattern, Causal):
+    def in_a_block(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return has[q // BLOCK, k // BLOCK]
 
-        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return k <= q
-    else:
-        always = 64 if "GlobalKeys" in repr(pattern) else 0
+    def in_the_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & ((q - k < window) | (k < globals_))
 
-        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & ((q - k < 4096) | (k < always))
-
+    allowed = in_the_window if case.blocks is None else in_a_block
     mask = flex.create_block_mask(allowed, None, None, length, length, device=str(device), _compile=True)
     compiled = torch.compile(flex.flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+    return heads_first(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True))
 
 
 def error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> float:
@@ -221,10 +226,12 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
     )
     pattern = case.pattern(length)
     mine, pairs = ours(q, k, v, grad, pattern)
-    if isinstance(pattern, Causal):
+    if case.dense:
         pairs = length * (length + 1) // 2
     runners = [mine, *peers(case, q, k, v, grad, pattern)]
     errors = {runner.name: error_of(runner.forward(), q, k, v, pattern) for runner in runners}
+    if errors["distattn"] > TOLERANCE[dtype]:
+        raise SystemExit(f"{case.name}: error {errors['distattn']:.1e}; expected at most {TOLERANCE[dtype]:g}")
     rows = []
     for way in ("forward", "backward") if case.backward else ("forward",):
         times: dict[str, list[float]] = {runner.name: [] for runner in runners}
@@ -251,8 +258,6 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
                 }
             )
             print("  " + "  ".join(f"{key} {value}" for key, value in [*rows[-1].items()][2:]), flush=True)
-    if errors["distattn"] > TOLERANCE[dtype]:
-        raise SystemExit(f"{case.name}: error {errors['distattn']:.1e} is over {TOLERANCE[dtype]:g}")
     return rows
 
 
@@ -261,15 +266,28 @@ def here() -> dict[str, object]:
     import triton
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": commit or "unknown"}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.strip() or "unknown",
+    }
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
+    return int(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES], metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each case (default 10)")
-    parser.add_argument("--shrink", type=int, default=1, help="divide lengths by this (default 1)")
+    parser.add_argument("--rounds", type=positive, default=10, help="timed rounds of each case (default 10)")
+    parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
     parser.add_argument("--csv", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,11 +296,11 @@ def main() -> None:
         print(name, flush=True)
         rows += measure(CASES[name], arguments.shrink, arguments.rounds, device)
         torch.cuda.empty_cache()
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *where])
-            writer.writeheader()
-            writer.writerows(row | where for row in rows)
+        if arguments.csv:  # after every case, so that a later failure loses nothing
+            with arguments.csv.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [*rows[0], *where])
+                writer.writeheader()
+                writer.writerows(row | where for row in rows)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,24 @@ def test_changed_pins_are_installed_and_a_failure_is_remembered(checkout: Path) 
     assert not python.exists()
 
 
+def test_uv_looks_where_pip_was_told_to(checkout: Path) -> None:
+    python = fake_environment(checkout, "changed")
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        '"-m pip config list") echo ":env:.find-links=\'/wheels\'"; echo "global.find-links=\'/other\'"\n'
+        "echo \"global.extra-index-url='file:///extra'\"; echo \"global.index-url='https://mirror/simple'\";;\n"
+        f'"-m pip"*) ;;\n*) exec {sys.executable} "$@";;\nesac\n'
+    )
+    uv = python.with_name("uv")
+    uv.write_text('#!/bin/sh\necho "$@"\n')
+    uv.chmod(0o755)
+    (checkout / ".venv" / "distattn-installed").write_text(f"{checkout} of before\n")
+    done = set_up(checkout)
+    assert done.returncode == 0, done.stderr
+    assert "--find-links /wheels --default-index https://mirror/simple -e .[plot,dev]" in done.stdout
+    assert set_up(checkout).stdout == ""  # it is remembered
+
+
 def test_a_missing_python_is_named(checkout: Path) -> None:
     tools = checkout / "tools"
     tools.mkdir()
