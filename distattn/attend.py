@@ -13,7 +13,14 @@ from torch import Tensor
 from distattn.arena import GuestQueries, Stage
 from distattn.errors import ConfigError
 from distattn.exchange import Agreement, Counter, Exchange, Pending, add_rows
-from distattn.kernels.attention import Pages, accumulator_dtype, attention_backward, attention_forward, merge
+from distattn.kernels.attention import (
+    Pages,
+    accumulator_dtype,
+    attention_backward,
+    attention_forward,
+    merge,
+    row_deltas,
+)
 from distattn.kernels.table import TileTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan, plans
@@ -239,9 +246,12 @@ class _Pass:
         plan, dtype = self.plan, accumulator_dtype(q.dtype)
         stages, own = plan.stages, Pages(k, v)
         several = len(stages) > 1
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse
-        dq = q.new_zeros(q.shape, dtype=dtype)
-        d_own = Pages(k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype))
+        delta = row_deltas(out, grad_out, grad_lse)
+        # What one launch makes is written as it is returned; what several add to is summed up in the wider dtype.
+        once = not several and plan.guest_queries is None
+        dq = q.new_zeros(q.shape, dtype=q.dtype if once else dtype)
+        alone = once and not stages[0].transfers
+        d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
         # A direct plan kept its guests; a ring brings them again.
         slots = self._slots(k, v) if several else [_Slot(kept, k, v)] * 2
         pending = self._bring(stages[0], own, slots[0]) if several else Pending()
@@ -252,7 +262,7 @@ class _Pass:
             )
         for number, stage in enumerate(stages):
             guests = _rows(slots[number % 2], stage)
-            d_guests = Pages(*(x.new_zeros(x.shape, dtype=dtype) for x in guests))
+            d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
 
             def run(table: TileTable, guests: Pages = guests, d_guests: Pages = d_guests) -> None:
                 attention_backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale=scale)

@@ -1,7 +1,8 @@
 """Attention of query tiles over the pages that a tile table names, forward and backward.
 
-This is the only way to the tile kernels. GPUs run those in Triton (attention_triton.py, attention_triton_backward.py),
-all else those in PyTorch operations (attention_torch.py).
+This is the only way to the tile kernels. There are three kinds, and :func:`choose` says which one runs, and why: for
+Hopper GPUs (attention_hopper.py, attention_hopper_backward.py), for any GPU in Triton (attention_triton.py,
+attention_triton_backward.py), and in PyTorch operations (attention_torch.py).
 
 For a query row i and the set P(i) of keys that the table allows,
 
@@ -66,7 +67,12 @@ def attention_forward(
         scale: factor of the scores.
         resume: continue from the (out, lse) of pages visited before, and write those of both together.
     """
-    if use_triton(q):
+    kernel = choose(q, own, guests, table, out, scale).kernel
+    if kernel == "hopper":
+        from distattn.kernels import attention_hopper
+
+        attention_hopper.forward(q, own, guests, table, out, lse, scale, resume)
+    elif kernel == "triton":
         from distattn.kernels import attention_triton
 
         q, own, guests = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
@@ -91,27 +97,98 @@ def attention_backward(
 ) -> None:
     """Adds the gradients of what the table visits to ``dq``, ``d_own`` and ``d_guests``.
 
+    These have the accumulator's dtype (see :func:`accumulator_dtype`), or else 16 bits: then they begin as zeros, and
+    of all calls only one visits a row, so that nothing is rounded twice and a kernel may write instead of adding.
+
     Args:
         grad_out: [batch, tokens, heads, value_dim].
         lse: [batch, tokens, heads], of everything that the row visits, on any rank and in any stage.
-        delta: [batch, tokens, heads], ``(grad_out * out).sum(-1) - grad_lse``.
-        dq: [batch, tokens, heads, head_dim] in the accumulator's dtype, as are ``d_own`` and ``d_guests``, which have
-            the shapes of ``own`` and ``guests``. All are added to.
+        delta: [batch, tokens, heads], see :func:`row_deltas`.
+        dq: [batch, tokens, heads, head_dim].
+        d_own, d_guests: of the shapes of ``own`` and ``guests``, contiguous, all of one dtype.
         Others as in :func:`attention_forward`.
     """
-    if use_triton(q):
+    if not (len(table.part_page) or len(table.full_first)):
+        return
+    kernel = choose(q, own, guests, table, grad_out, scale).kernel
+    # Only the kernels for Hopper write, and dK and dV only if no key/value head is read through two tables.
+    share = q.shape[2] // own.k.shape[2]
+    alike = all(len({*table.head_table[h : h + share]}) == 1 for h in range(0, q.shape[2], share))
+    sum_q = dq if kernel == "hopper" else _sums(dq)
+    sum_own, sum_guests = (
+        pages if kernel == "hopper" and alike else Pages(*map(_sums, pages)) for pages in (d_own, d_guests)
+    )
+    if kernel == "hopper":
+        from distattn.kernels import attention_hopper_backward as hopper
+
+        hopper.backward(q, own, guests, table, grad_out, lse, delta, sum_q, sum_own, sum_guests, scale)
+    elif kernel == "triton":
+        from distattn.kernels import attention_triton_backward as portable
+
+        rows = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
+        dense_grad = _with_dense_rows(grad_out)
+        portable.backward(*rows, table, dense_grad, lse, delta, sum_q, sum_own, sum_guests, scale)
+    else:
+        attention_torch.backward(q, own, guests, table, grad_out, lse, delta, sum_q, sum_own, sum_guests, scale)
+    for mine, summed in zip((dq, *d_own, *d_guests), (sum_q, *sum_own, *sum_guests), strict=True):
+        if mine is not summed:
+            mine.add_(summed)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """What gradients of x are added to: x itself, unless it has 16 bits."""
+    return x if x.dtype == accumulator_dtype(x.dtype) else x.new_zeros(x.shape, dtype=accumulator_dtype(x.dtype))
+
+
+class Choice(NamedTuple):
+    """kernel: "hopper", "triton" or "torch". why: what decided."""
+
+    kernel: str
+    why: str
+
+
+def choose(q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float) -> Choice:
+    """Which kernels run on these tensors; ``rows`` is the output, or its gradient."""
+    if q.device.type != "cuda":
+        return Choice("torch", f"tensors are on {q.device.type}, not on a GPU")
+    if q.dtype == torch.float64:
+        return Choice("torch", "float64 is for checking, and no GPU kernel is made for it")
+    missing = _missing_for_hopper(q, own, guests, table, rows, scale)
+    return Choice("triton", missing) if missing else Choice("hopper", "a Hopper GPU, and tiles that its kernels take")
+
+
+def _missing_for_hopper(
+    q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float
+) -> str | None:
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != (9, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{q.dtype} is not a type of 16 bits"
+    if (table.block_q, table.block_k) != (128, 128):
+        return f"tiles are {table.block_q} x {table.block_k}, not 128 x 128"
+    if q.shape[3] not in (64, 128) or own.v.shape[3] != q.shape[3]:
+        return f"head_dim is {q.shape[3]} and value_dim {own.v.shape[3]}, not both 64 or both 128"
+    if scale <= 0:
+        return f"scale is {scale}, not positive"
+    from distattn.kernels.walk_hopper import fetchable
+
+    fetched = [q, *own, *(guests if guests.k.shape[1] else ()), *([] if rows.dtype == torch.float32 else [rows])]
+    if not all(map(fetchable, fetched)):
+        return "the heads of a token are not beside each other in memory, or not aligned to 16 bytes"
+    return None
+
+
+def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:
+    """[batch, tokens, heads] in the dtype of grad_lse: delta, ``(grad_out * out).sum(-1) - grad_lse``.
+
+    out and grad_out: [batch, tokens, heads, value_dim].
+    """
+    if out.is_cuda and grad_lse.dtype == torch.float32:
         from distattn.kernels import attention_triton_backward
 
-        q, grad_out = _with_dense_rows(q), _with_dense_rows(grad_out)
-        own, guests = Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
-        attention_triton_backward.backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale)
-    else:
-        attention_torch.backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale)
-
-
-def use_triton(q: Tensor) -> bool:
-    """Whether tensors like q go to the kernels in Triton: those on a GPU, but for float64."""
-    return q.device.type == "cuda" and q.dtype != torch.float64
+        return attention_triton_backward.row_deltas(_with_dense_rows(out), _with_dense_rows(grad_out), grad_lse)
+    return (grad_out.to(grad_lse.dtype) * out.to(grad_lse.dtype)).sum(-1) - grad_lse
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from distattn.kernels.walk_triton import (
     page_length,
     page_rows,
     partial_range,
+    slot_of,
     tile_rows,
 )
-from distattn.kernels.work import query_units, query_work
+from distattn.kernels.work import Work, query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
@@ -52,21 +53,22 @@ def _softmax_step(scores, v_at, v_mask, high, total, acc, MASKED: tl.constexpr, 
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
 def _forward(
     q, out, lse, k, v, guest_k, guest_v, slot_out, slot_lse,
-    items, item_ptr, units, full_first, full_count, part_ptr, part_page, part_mask, masks,
+    items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_rows, own_pages, tiles, most, scale,
     q_n, q_h, out_n, out_h, lse_n, lse_h, k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
-    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, RESUME: tl.constexpr, STAGES: tl.constexpr,
+    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, RESUME: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE)
+    item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
     if not exists:
         return
     head0 = tl.load(unit + 1)
     kv_head = tl.load(unit + 2).to(tl.int64)
     tile = tl.load(item) - table * tiles
-    slot = tl.load(item + 5)
+    slot = slot_of(item)
     token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
     head = (head0 + head).to(tl.int64)
     d = tl.arange(0, DIM_2)
@@ -94,7 +96,7 @@ def _forward(
             total = tl.exp2(before - high)
             acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
 
-    begin, end, full = partial_range(item, part_ptr)
+    begin, end, full = partial_range(item)
     for i in range(begin * SUBS, end * SUBS):
         page = tl.load(part_page + i // SUBS)
         sub = i % SUBS * COLUMNS
@@ -221,10 +223,6 @@ def forward(
     columns = min(max(16, triton.next_power_of_2(table.block_k)), 128 if max(dim_2, v_dim_2) <= 128 else 64)
     if q.dtype == torch.float32:
         columns = min(columns, 64)
-    constants = dict(
-        BLOCK_Q=table.block_q, ROWS=rows, HEADS=size, HEADS_2=size_2, ALL_HEADS=heads, V_DIM=v_dim, V_DIM_2=v_dim_2,
-        RESUME=resume, num_warps=8 if rows * columns > 64 * 64 else 4,
-    )  # fmt: skip
     slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
     slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
     for b in range(q.shape[0]):
@@ -233,11 +231,37 @@ def forward(
             q[b], out[b], lse[b], own.k[b], own.v[b], guests.k[b], guests.v[b], slot_out, slot_lse,
             work.items, work.item_ptr, units, *work.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
-            BLOCK_K=table.block_k, COLUMNS=columns, DIM=dim, DIM_2=dim_2, SIDE_BY_SIDE=side_by_side, STAGES=2,
-            PRECISION=precision(q.dtype), **constants,
+            BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=columns, ROWS=rows, HEADS=size, HEADS_2=size_2,
+            ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, SIDE_BY_SIDE=side_by_side,
+            ONE_TABLE=table.tables == 1,
+            RESUME=resume, STAGES=2, PRECISION=precision(q.dtype), num_warps=8 if rows * columns > 64 * 64 else 4,
         )  # fmt: skip
-        if work.slots:
-            _merge_slots[(len(units) * work.most_split,)](
-                out[b], lse[b], slot_out, slot_lse, work.split, work.split_ptr, units, q.shape[1], table.tiles,
-                work.most_split, *out.stride()[1:3], *lse.stride()[1:3], **constants,
-            )  # fmt: skip
+        merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
+
+
+def merge_slots(
+    out: Tensor,
+    lse: Tensor,
+    slot_out: Tensor,
+    slot_lse: Tensor,
+    table: TileTable,
+    work: Work,
+    units: Tensor,
+    size: int,
+    resume: bool,
+) -> None:
+    """Merges the partial results of rows that were cut into out [tokens, heads, value_dim] and lse [tokens, heads].
+
+    slot_out: float32 [slots, heads, block_q, value_dim], slot_lse: float32 [slots, heads, block_q]; units of ``size``
+    heads.
+    """
+    if not work.slots:
+        return
+    size_2 = triton.next_power_of_2(size)
+    tokens, heads, v_dim = out.shape
+    _merge_slots[(len(units) * work.most_split,)](
+        out, lse, slot_out, slot_lse, work.split, work.split_ptr, units, tokens, table.tiles, work.most_split,
+        *out.stride()[:2], *lse.stride(), BLOCK_Q=table.block_q,
+        ROWS=max(16, triton.next_power_of_2(table.block_q) * size_2), HEADS=size, HEADS_2=size_2, ALL_HEADS=heads,
+        V_DIM=v_dim, V_DIM_2=max(16, triton.next_power_of_2(v_dim)), RESUME=resume, num_warps=8,
+    )  # fmt: skip

@@ -26,14 +26,43 @@ from distattn.kernels.walk_triton import (
     page_length,
     page_rows,
     partial_range,
+    slot_of,
     tile_rows,
 )
-from distattn.kernels.work import key_units, key_work, query_units, query_work
+from distattn.kernels.work import Work, key_units, key_work, query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _row_deltas(
+    out, grad_out, grad_lse, delta, rows, heads, out_n, out_h, grad_n, grad_h, lse_n, lse_h, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows are (token, head) pairs, heads side by side."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, row % heads
+    d = tl.arange(0, DIM_2)
+    mask = (row < rows)[:, None] & (d < DIM)
+    x = tl.load(out + (token * out_n + head * out_h)[:, None] + d, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad_out + (token * grad_n + head * grad_h)[:, None] + d, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(grad_lse + token * lse_n + head * lse_h, mask=row < rows, other=0.0)
+    tl.store(delta + row, tl.sum(x * g, 1) - h, mask=row < rows)
+
+
+def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:
+    batch, tokens, heads, dim = out.shape
+    delta = grad_lse.new_empty((batch, tokens, heads))
+    rows = max(1, 4096 // triton.next_power_of_2(dim))
+    for b in range(batch if tokens else 0):
+        _row_deltas[(triton.cdiv(tokens * heads, rows),)](
+            out[b], grad_out[b], grad_lse[b], delta[b], tokens * heads, heads, *out.stride()[1:3],
+            *grad_out.stride()[1:3], *grad_lse.stride()[1:3], DIM=dim, DIM_2=triton.next_power_of_2(dim), ROWS=rows,
+        )  # fmt: skip
+    return delta
 
 
 @triton.jit
@@ -58,21 +87,22 @@ def _query_step(queries, grads, row_lse, row_delta, keys, values, allowed, acc, 
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
 def _grad_queries(
     q, grad_out, lse, delta, dq, k, v, guest_k, guest_v, slots,
-    items, item_ptr, units, full_first, full_count, part_ptr, part_page, part_mask, masks,
+    items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_rows, own_pages, tiles, most, scale,
     q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h, dq_n, dq_h,
     k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
-    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE)
+    item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
     if not exists:
         return
     head0 = tl.load(unit + 1)
     kv_head = tl.load(unit + 2).to(tl.int64)
     tile = tl.load(item) - table * tiles
-    slot = tl.load(item + 5)
+    slot = slot_of(item)
     token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
     head = (head0 + head).to(tl.int64)
     d = tl.arange(0, DIM_2)
@@ -94,7 +124,7 @@ def _grad_queries(
     guest_v += kv_head * guest_v_h
     acc = tl.zeros([ROWS, DIM_2], tl.float32)
 
-    begin, end, full = partial_range(item, part_ptr)
+    begin, end, full = partial_range(item)
     for i in range(begin * SUBS, end * SUBS):
         page = tl.load(part_page + i // SUBS)
         sub = i % SUBS * COLUMNS
@@ -178,17 +208,18 @@ def _load_rows(
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "pages", "most"])
 def _grad_keys(
     q, grad_out, lse, delta, k, v, guest_k, guest_v, dk, dv, guest_dk, guest_dv, slot_dk, slot_dv,
-    items, item_ptr, units, full_first, full_count, part_ptr, part_tile, part_mask, masks,
+    items, item_ptr, units, full_first, full_count, part_tile, part_mask, masks,
     tokens, own_rows, own_pages, pages, most, scale,
     q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h,
     k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
     dk_n, dk_h, dv_n, dv_h, guest_dk_n, guest_dk_h, guest_dv_n, guest_dv_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, SUBS: tl.constexpr, ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, KV_HEADS: tl.constexpr,
+    ONE_TABLE: tl.constexpr, DIM: tl.constexpr,
     DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # SUBS programs beside each other share a page, COLUMNS rows each.
-    item, unit, table, exists = find_item(tl.program_id(0) // SUBS, items, item_ptr, units, most, 1)
+    item, unit, table, exists = find_item(tl.program_id(0) // SUBS, items, item_ptr, units, most, 1, ONE_TABLE)
     if not exists:
         return
     sub = tl.program_id(0) % SUBS * COLUMNS
@@ -196,7 +227,7 @@ def _grad_keys(
     kv_head = tl.load(unit + 2).to(tl.int64)
     rounds = tl.load(unit + 3) // HEADS
     page = tl.load(item) - table * pages
-    slot = tl.load(item + 5)
+    slot = slot_of(item)
     d = tl.arange(0, DIM_2)
     e = tl.arange(0, V_DIM_2)
     column = tl.arange(0, COLUMNS)
@@ -216,7 +247,7 @@ def _grad_keys(
     acc_v = tl.zeros([COLUMNS, V_DIM_2], tl.float32)
     PARTS: tl.constexpr = TILE_ROWS // ROWS  # of a query tile's rows
 
-    begin, end, full = partial_range(item, part_ptr)
+    begin, end, full = partial_range(item)
     for number in range(rounds):
         head = head0 + number * HEADS
         for i in range(begin * PARTS, end * PARTS):
@@ -289,7 +320,9 @@ def _add_slots(
         acc += tl.load(slots + at[:, None] * DIM + d, mask=mask, other=0.0)
     base, stride = page_rows(own + head * own_h, guests + head * guest_h, own_n, guest_n, block, own_blocks, 0, BLOCK)
     sum_at = base + row[:, None] * stride + d
-    tl.store(sum_at, tl.load(sum_at, mask=mask, other=0.0) + acc, mask=mask)
+    if own.dtype.element_ty == tl.float32:  # what has 16 bits is written, see attention_backward
+        acc += tl.load(sum_at, mask=mask, other=0.0)
+    tl.store(sum_at, acc.to(own.dtype.element_ty), mask=mask)
 
 
 def backward(
@@ -334,15 +367,9 @@ def backward(
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
             *_strides(*rows, dq, *own, *guests), COLUMNS=min(page_rows, 32 if small else 64), ROWS=tile_rows,
-            ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, **shared,
+            ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, **shared,
         )  # fmt: skip
-        if by_query.slots:
-            _add_slots[(len(units) * by_query.most_split * size,)](
-                dq[b], dq[b], slots, by_query.split, by_query.split_ptr, units, q.shape[1], table.tiles, table.tiles,
-                by_query.most_split, *_strides(dq, dq), BLOCK=table.block_q,
-                ROWS=triton.next_power_of_2(table.block_q), HEAD=1, HEADS=size, ALL_HEADS=heads, DIM=dim, DIM_2=dim_2,
-                num_warps=8,
-            )  # fmt: skip
+        add_query_slots(dq[b], slots, table, by_query, units, size)
         for kv_units in key_units(table, kv_heads, device):
             columns = min(page_rows, 64 if small else 128)
             subs = -(-table.block_k // columns)
@@ -351,19 +378,51 @@ def backward(
                 by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
                 q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
                 *_strides(*rows, *own, *guests, *d_own, *d_guests), COLUMNS=columns, SUBS=subs,
-                ROWS=min(tile_rows, 32 if small else 64), TILE_ROWS=tile_rows, KV_HEADS=kv_heads, **shared,
+                ROWS=min(tile_rows, 32 if small else 64), TILE_ROWS=tile_rows, KV_HEADS=kv_heads,
+                ONE_TABLE=table.tables == 1, **shared,
             )  # fmt: skip
-            if by_key.slots:
-                for own_grad, guest_grad, slot, n, n_2 in (
-                    (d_own.k, d_guests.k, slot_dk, dim, dim_2),
-                    (d_own.v, d_guests.v, slot_dv, v_dim, v_dim_2),
-                ):
-                    _add_slots[(len(kv_units) * by_key.most_split,)](
-                        own_grad[b], guest_grad[b], slot, by_key.split, by_key.split_ptr, kv_units, own.k.shape[1],
-                        table.own_pages, table.pages, by_key.most_split, *_strides(own_grad, guest_grad),
-                        BLOCK=table.block_k, ROWS=page_rows, HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=n, DIM_2=n_2,
-                        num_warps=8,
-                    )  # fmt: skip
+            add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)
+
+
+def add_query_slots(dq: Tensor, slots: Tensor, table: TileTable, work: Work, units: Tensor, size: int) -> None:
+    """Adds the partial results of query tiles that were cut to dq [tokens, heads, head_dim].
+
+    slots: float32 [slots, heads, block_q, head_dim]; units of ``size`` heads.
+    """
+    if not work.slots:
+        return
+    tokens, heads, dim = dq.shape
+    _add_slots[(len(units) * work.most_split * size,)](
+        dq, dq, slots, work.split, work.split_ptr, units, tokens, table.tiles, table.tiles, work.most_split,
+        *dq.stride()[:2], *dq.stride()[:2], BLOCK=table.block_q, ROWS=triton.next_power_of_2(table.block_q), HEAD=1,
+        HEADS=size, ALL_HEADS=heads, DIM=dim, DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
+    )  # fmt: skip
+
+
+def add_key_slots(
+    d_own: Pages,
+    d_guests: Pages,
+    b: int,
+    slot_dk: Tensor,
+    slot_dv: Tensor,
+    table: TileTable,
+    work: Work,
+    kv_units: Tensor,
+) -> None:
+    """Adds the partial results of pages that were cut to the gradients of sequence b.
+
+    slot_dk: float32 [slots, kv_heads, block_k, head_dim], slot_dv likewise with value_dim.
+    """
+    if not work.slots:
+        return
+    for own, guests, slots in ((d_own.k[b], d_guests.k[b], slot_dk), (d_own.v[b], d_guests.v[b], slot_dv)):
+        rows, kv_heads, dim = own.shape
+        _add_slots[(len(kv_units) * work.most_split,)](
+            own, guests, slots, work.split, work.split_ptr, kv_units, rows, table.own_pages, table.pages,
+            work.most_split, *own.stride()[:2], *guests.stride()[:2], BLOCK=table.block_k,
+            ROWS=max(16, triton.next_power_of_2(table.block_k)), HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=dim,
+            DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
+        )  # fmt: skip
 
 
 def _at(b: int, *pages: Pages) -> list[Tensor]:

@@ -15,36 +15,56 @@ UNIT_SIZE = tl.constexpr(UNIT)
 
 
 @triton.jit
-def find_item(number, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr):
+def find_item(number, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr):
     """The item of a program: its pointer, a pointer to its unit, its table, and whether there is such an item.
 
     Programs beside each other have the same item in SIDE_BY_SIDE units that read the same keys, then come the items of
-    these units, longest first.
+    these units, longest first. With ONE_TABLE the item is known without a load, and there always is one.
     """
     unit = units + ((number // SIDE_BY_SIDE) // most * SIDE_BY_SIDE + number % SIDE_BY_SIDE) * UNIT_SIZE
-    table = tl.load(unit)
-    index = tl.load(item_ptr + table) + (number // SIDE_BY_SIDE) % most
-    return items + index * ITEM_SIZE, unit, table, index < tl.load(item_ptr + table + 1)
+    index = (number // SIDE_BY_SIDE) % most
+    table = index * 0
+    exists = index < most
+    if not ONE_TABLE:
+        table = tl.load(unit)
+        index += tl.load(item_ptr + table)
+        exists = index < tl.load(item_ptr + table + 1)
+    return items + index * ITEM_SIZE, unit, table, exists
 
 
 @triton.jit
-def partial_range(item, part_ptr):
+def item_of_round(first, total, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr):
+    """:func:`find_item` of programs that take one item of ``first .. first + programs - 1`` each, round after round.
+
+    Every second round goes backwards, since of items in falling order the first program would always get the longest.
+    """
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0)
+    number = first + tl.where((first // programs) % 2 == 0, pid, programs - 1 - pid)
+    item, unit, table, exists = find_item(
+        tl.minimum(number, total - 1), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE
+    )
+    return item, unit, table, exists & (number < total)
+
+
+@triton.jit
+def partial_range(item):
     """Of an item's visits: where its PARTIAL ones begin and end, and how many are FULL."""
-    row = tl.load(item)
-    first = tl.load(item + 1)
-    count = tl.load(item + 2)
-    begin = tl.load(part_ptr + row)
-    partial = tl.load(part_ptr + row + 1) - begin
-    stop = tl.maximum(tl.minimum(first + count, partial), first)
-    return begin + first, begin + stop, count - (stop - first)
+    return tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
 
 
 @triton.jit
 def first_full(item, full_first, full_count):
     """Where an item's FULL visits begin: (run, what is visited, how many are left in the run)."""
-    run = tl.load(item + 3)
-    skip = tl.load(item + 4)
+    run = tl.load(item + 4)
+    skip = tl.load(item + 5)
     return run, tl.load(full_first + run) + skip, tl.load(full_count + run) - skip
+
+
+@triton.jit
+def slot_of(item):
+    """Where an item's partial result goes, or -1 if it is the row's only item."""
+    return tl.load(item + 6)
 
 
 @triton.jit

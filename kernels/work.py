@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distattn.kernels.table import KeyTable, TileTable
 
-ITEM = 6
-"""Columns of an item: row, first visit, visits, run of its first FULL visit, visits of that run to skip, slot or -1."""
+ITEM = 8
+"""Columns of an item: row, where its PARTIAL visits begin, where they end, FULL visits, the run of the first of these,
+visits of that run to skip, slot or -1, nothing (an item is one aligned load)."""
 UNIT = 4
 """Columns of a unit, heads that a program takes together: table, first query head, key/value head, query heads."""
 # The longest item takes at most this share of the time that an evenly loaded chip would need for everything.
@@ -32,12 +33,11 @@ _SHORTEST = 16
 class Visits(NamedTuple):
     """One direction of a tile table on the device; the fields are those of TileTable or KeyTable, int32.
 
-    A row's visits are counted from 0: its PARTIAL ones in order, then the pages of its FULL runs.
+    The order of a row's visits: its PARTIAL ones, then those of its FULL runs.
     """
 
     full_first: Tensor
     full_count: Tensor
-    part_ptr: Tensor
     part_other: Tensor
     part_mask: Tensor
     masks: Tensor
@@ -48,7 +48,8 @@ class Work:
     """What one launch reads.
 
     visits: the table.
-    items: int32 [items, ITEM], by table, longest first. All arrays have one entry more, which nobody needs.
+    items: int32 [items, ITEM], by table, longest first. All arrays have an entry more, which nobody needs, those of
+        PARTIAL visits have two, and the masks one mask.
     item_ptr: int32 [tables + 1].
     most: the largest number of items of a table.
     slots: number of partial results.
@@ -102,12 +103,14 @@ def _make(
         rows.full_ptr, rows.full_count, rows.part_ptr, rows_of_table, heads, programs, share
     )
 
-    def there(array: NDArray[Any]) -> Tensor:
+    def there(array: NDArray[Any], more: int = 1) -> Tensor:
         flat = np.ascontiguousarray(array).view(np.int32).ravel()
-        # One entry more: what is read ahead exists, and nothing is empty.
-        return torch.from_numpy(np.append(flat, np.int32(0))).to(device)
+        # Some entries more: what is read ahead exists, and nothing is empty.
+        return torch.from_numpy(np.append(flat, np.zeros(more, np.int32))).to(device)
 
-    visits = Visits(*map(there, (rows.full_first, rows.full_count, rows.part_ptr, *partial, table.masks)))
+    other, mask = (there(x, 2) for x in partial)
+    a_mask = table.masks.shape[1] * table.masks.shape[2]
+    visits = Visits(there(rows.full_first), there(rows.full_count), other, mask, there(table.masks, a_mask))
     return Work(
         visits,
         there(items),
@@ -158,8 +161,10 @@ def make_items(
     skip = full_before - before[run]
     cut = pieces[row] > 1
     slot = np.where(cut, np.cumsum(cut) - 1, -1)
+    begin, end = (part_ptr[row] + np.minimum(at, partial[row]) for at in (first, first + count))
     order = np.lexsort((np.arange(len(row)), -count, table[row]))
-    items = np.stack((row, first, count, run, skip, slot), axis=1)[order].astype(np.int32)
+    columns = (row, begin, end, count - (end - begin), run, skip, slot, np.zeros_like(row))
+    items = np.stack(columns, axis=1)[order].astype(np.int32)
     split_row = np.flatnonzero(pieces > 1)
     split = np.stack((split_row, np.cumsum(pieces[split_row]) - pieces[split_row], pieces[split_row]), axis=1)
     tables = len(heads)

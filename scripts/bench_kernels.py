@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The tile kernels beside other attention kernels, forward and backward, on one GPU.
 
-    python scripts/bench_kernels.py [--cases NAME ...] [--rounds 10] [--shrink 1] [--csv FILE]
+    python scripts/bench_kernels.py [--cases NAME ...] [--rounds 10] [--shrink 1] [--csv FILE] [--plot FILE.png]
 
 Every round runs each kernel once, ours and the peers in turn, since a GPU that is limited by power changes its clock
 from one second to the next; a row has the median of the rounds. TFLOP/s count 4 heads head_dim pairs forward and 2.5
 times that backward, where the pairs are the attended ones for dense causal attention and else those of visited tiles.
-Before anything is timed, sampled rows of each forward pass are checked against the float64 oracle.
+Before anything is timed, sampled rows of each forward pass are checked against the float64 oracle. "MiB" is the memory
+that a pass allocates on a GPU at its peak beyond its inputs; our output is made before, that of peers in the pass.
 
 Without a GPU the same script runs on the CPU, with fewer peers; `--shrink 256` divides lengths by 256.
 """
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from distattn import reference
-from distattn.kernels.attention import Pages, attention_backward, attention_forward
+from distattn.kernels.attention import Pages, attention_backward, attention_forward, row_deltas
 from distattn.patterns import BlockSparse, Causal, GlobalKeys, Pattern, SlidingWindow
 from distattn.plan import make_plan
 from distattn.spec import AttentionSpec
@@ -48,7 +49,6 @@ class Case(NamedTuple):
     window: int | None = None
     globals_: int = 0
     blocks: int | None = None
-    backward: bool = True
 
     @property
     def dense(self) -> bool:
@@ -83,7 +83,7 @@ CASES = {
         Case("64 blocks a row", 65_536, blocks=64),
         Case("window 4,096", 131_072, window=4096),
         Case("window 4,096 + 64 globals", 131_072, window=4096, globals_=64),
-        Case("window 4,096 + 64 globals, 1M", 1_048_576, window=4096, globals_=64, backward=False),
+        Case("window 4,096 + 64 globals, 1M", 1_048_576, window=4096, globals_=64),
     )
 }
 
@@ -96,14 +96,15 @@ def ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> tup
     table, scale = plan.stages[0].table, DIM**-0.5
     own, nobody = Pages(k, v), Pages(k[:, :0], v[:, :0])
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    grad_lse = torch.zeros_like(lse)
 
     def forward() -> Tensor:
         attention_forward(q, own, nobody, table, out, lse, scale=scale)
         return out
 
     def backward() -> Tensor:
-        delta = (grad.float() * out.float()).sum(-1)
-        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        delta = row_deltas(out, grad, grad_lse)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         d_nobody = Pages(dk[:, :0], dv[:, :0])
         attention_backward(q, own, nobody, table, grad, lse, delta, dq, Pages(dk, dv), d_nobody, scale=scale)
         return dq
@@ -119,8 +120,8 @@ def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pa
         if case.dense:
             makers |= {"SDPA, cuDNN": lambda: sdpa("CUDNN_ATTENTION"), "SDPA, FA2": lambda: sdpa("FLASH_ATTENTION")}
         makers["FlexAttention"] = lambda: flex_attention(case, pattern, q.shape[1], q.device)
-        if case.blocks is None and not case.globals_:
-            makers["FlashAttention-4"] = lambda: flash_attention_4(case)
+        if not case.globals_:
+            makers["FlashAttention-4"] = lambda: flash_attention_4(case, pattern, q.device)
     elif case.dense:
         makers["SDPA"] = lambda: sdpa("MATH")
     found = []
@@ -128,8 +129,7 @@ def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pa
         try:
             runner = with_gradients(name, make(), q, k, v, grad)
             runner.forward()
-            if case.backward:
-                runner.backward()
+            runner.backward()
             found.append(runner)
         except Exception as error:  # one that is not installed, or does not suit this machine
             print(f"  {name} does not run: {str(error).partition(chr(10))[0] or repr(error)}", flush=True)
@@ -163,19 +163,47 @@ def sdpa(backend: str) -> Callable[..., Tensor]:
     return heads_first(run)
 
 
-def flash_attention_4(case: Case) -> Callable[..., Tensor]:
+def flash_attention_4(case: Case, pattern: Pattern, device: torch.device) -> Callable[..., Tensor]:
     from flash_attn.cute import flash_attn_func
 
-    reach = (None, None) if case.window is None else (case.window - 1, 0)
+    if isinstance(pattern, BlockSparse):
+        tables = (
+            block_table(pattern.row_ptr, pattern.col, device),
+            block_table(*transposed(pattern.row_ptr, pattern.col), device),
+        )
+        options = dict(block_sparse_tensors=tables[0], block_sparse_tensors_bwd=tables[1])
+    else:
+        options = dict(causal=True, window_size=(None, None) if case.window is None else (case.window - 1, 0))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v, causal=True, window_size=reach)
+        out = flash_attn_func(q, k, v, **options)
         return out[0] if isinstance(out, tuple) else out
 
     return run
 
 
+def transposed(row_ptr: Sequence[int], col: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The same blocks of a square matrix by column."""
+    row = np.repeat(np.arange(len(row_ptr) - 1), np.diff(row_ptr))
+    order = np.lexsort((row, np.asarray(col)))
+    return np.searchsorted(np.asarray(col)[order], np.arange(len(row_ptr))), row[order]
+
+
+def block_table(row_ptr: Sequence[int], col: Sequence[int], device: torch.device) -> object:
+    """FlashAttention-4's form of whole blocks: how many each row has, and which."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    count = np.diff(row_ptr)
+    index = np.zeros((len(count), int(count.max())), np.int32)
+    index[np.arange(index.shape[1]) < count[:, None]] = np.asarray(col)
+    full = [torch.from_numpy(x.astype(np.int32)).to(device)[None, None] for x in (count, index)]
+    return BlockSparseTensorsTorch(
+        torch.zeros_like(full[0]), torch.zeros_like(full[1]), *full, block_size=(BLOCK, BLOCK)
+    )
+
+
 def flex_attention(case: Case, pattern: Pattern, length: int, device: torch.device) -> Callable[..., Tensor]:
+    from torch._functorch import config as functorch_config
     from torch.nn.attention import flex_attention as flex
 
     blocks = length // BLOCK
@@ -192,7 +220,8 @@ def flex_attention(case: Case, pattern: Pattern, length: int, device: torch.devi
         return (k <= q) & ((q - k < window) | (k < globals_))
 
     allowed = in_the_window if case.blocks is None else in_a_block
-    mask = flex.create_block_mask(allowed, None, None, length, length, device=str(device), _compile=True)
+    functorch_config.donated_buffer = False  # the backward pass is timed again and again
+    mask = torch.compile(flex.create_block_mask)(allowed, None, None, length, length, device=str(device))
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     return heads_first(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True))
 
@@ -201,6 +230,18 @@ def error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> 
     rows = torch.linspace(0, q.shape[1] - 1, SAMPLED).long()
     expected, _ = reference.attention_rows(q[:, rows.to(q.device)], rows, k, v, pattern)
     return reference.max_error(out[:, rows.to(q.device)], expected)
+
+
+def start_of_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_since(before: int, device: torch.device) -> float:
+    """MiB, 0 where nobody counts."""
+    return (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else 0.0
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -233,13 +274,16 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
     if errors["distattn"] > TOLERANCE[dtype]:
         raise SystemExit(f"{case.name}: error {errors['distattn']:.1e}; expected at most {TOLERANCE[dtype]:g}")
     rows = []
-    for way in ("forward", "backward") if case.backward else ("forward",):
+    for way in ("forward", "backward"):
         times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+        mebibytes: dict[str, float] = {}
         for number in range(rounds + 2):
             for runner in runners:
                 if number == 0:
                     runner.forward()
+                before = start_of_peak(device)
                 took = seconds(getattr(runner, way), device)
+                mebibytes[runner.name] = peak_since(before, device)
                 if number >= 2:  # the first two warm up
                     times[runner.name].append(took)
         flops = 4 * HEADS * DIM * pairs * (2.5 if way == "backward" else 1)
@@ -254,6 +298,7 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
                     "ms": round(1e3 * median, 4),
                     "tflops": round(flops / median / 1e12, 2),
                     "ours_over_this": round(statistics.median(times["distattn"]) / median, 3),
+                    "mib": round(mebibytes[name]),
                     "max_error": f"{errors[name]:.1e}",
                 }
             )
@@ -277,6 +322,29 @@ def here() -> dict[str, object]:
     }
 
 
+def plot(rows: list[dict[str, object]], path: Path, device: object) -> None:
+    """TFLOP/s by case: forward above, backward below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases, kernels = (list(dict.fromkeys(row[name] for row in rows)) for name in ("case", "kernel"))
+    figure, axes = pyplot.subplots(2, 1, figsize=(12, 8), sharex=True, layout="constrained")
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
+        for number, kernel in enumerate(kernels):
+            mine = {row["case"]: row["tflops"] for row in rows if row["way"] == way and row["kernel"] == kernel}
+            at = [cases.index(case) + (number - (len(kernels) - 1) / 2) * 0.8 / len(kernels) for case in mine]
+            bars = axis.bar(at, list(mine.values()), 0.8 / len(kernels), label=kernel)
+            axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.set_ylabel(f"{way}, TFLOP/s")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(ncols=len(kernels), frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes[1].set_xticks(range(len(cases)), [str(case).replace(" + ", "\n+ ") for case in cases])
+    figure.suptitle(f"Attention kernels on {device}, bfloat16, {HEADS}/{KV_HEADS} heads of {DIM}")
+    figure.savefig(path, dpi=150)
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
@@ -289,6 +357,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=10, help="timed rounds of each case (default 10)")
     parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
     parser.add_argument("--csv", type=Path, help="where to write the rows")
+    parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where, rows = here(), []
@@ -301,6 +370,8 @@ def main() -> None:
                 writer = csv.DictWriter(file, [*rows[0], *where])
                 writer.writeheader()
                 writer.writerows(row | where for row in rows)
+    if arguments.plot:
+        plot(rows, arguments.plot, where["device"])
 
 
 if __name__ == "__main__":

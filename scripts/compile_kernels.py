@@ -20,11 +20,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from distattn.axis import Axis
 from distattn.kernels import attention
-from distattn.kernels.attention import Pages
+from distattn.kernels.attention import Choice, Pages
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 from distattn.tiles import Extents, assemble, visit
 
@@ -38,7 +40,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-def record(dtype: torch.dtype, block_q: int, block_k: int, head_dim: int, value_dim: int) -> list[Launch]:
+def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim: int, value_dim: int) -> list[Launch]:
     """The launches of a forward and a backward pass of 8 query heads and 2 key heads."""
     found: list[Launch] = []
 
@@ -55,14 +57,14 @@ def record(dtype: torch.dtype, block_q: int, block_k: int, head_dim: int, value_
     own = Pages(*(torch.zeros(1, tokens, kv_heads, n, dtype=dtype) for n in (head_dim, value_dim)))
     lse = torch.zeros(1, tokens, heads)
     nobody = Pages(own.k[:, :0], own.v[:, :0])
-    before = JITFunction.run, attention.use_triton
-    JITFunction.run, attention.use_triton = run, lambda q: True
+    before = JITFunction.run, attention.choose
+    JITFunction.run, attention.choose = run, lambda *_, **__: Choice(engine, "it is asked for")
     try:
         attention.attention_forward(q, own, nobody, table, grad, lse, scale=0.1)
         gradients = [Pages(x.k.float(), x.v.float()) for x in (own, nobody)]
         attention.attention_backward(q, own, nobody, table, grad, lse, lse, q.float(), *gradients, scale=0.1)
     finally:
-        JITFunction.run, attention.use_triton = before
+        JITFunction.run, attention.choose = before
     return found
 
 
@@ -75,13 +77,17 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         special = not parameter.do_not_specialize
         if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if special and isinstance(value, int) and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    made = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = made(launch.kernel, signature, constants, attributes)
     options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -90,12 +96,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="*", default=["sm_90"], help="default: sm_90")
     for architecture in parser.parse_args().architectures:
-        for dtype, *sizes in (
-            (torch.bfloat16, 128, 128, 128, 128),
-            (torch.bfloat16, 16, 64, 64, 64),
-            (torch.float32, 64, 64, 80, 96),
+        for engine, dtype, *sizes in (
+            ("hopper", torch.bfloat16, 128, 128, 128, 128),
+            ("hopper", torch.float16, 128, 128, 64, 64),
+            ("triton", torch.bfloat16, 128, 128, 128, 128),
+            ("triton", torch.bfloat16, 16, 64, 64, 64),
+            ("triton", torch.float32, 64, 64, 80, 96),
         ):
-            for launch in record(dtype, *sizes):
+            if engine == "hopper" and architecture != "sm_90":
+                continue
+            for launch in record(engine, dtype, *sizes):
                 began = time.monotonic()
                 kernel = compile_launch(launch, int(architecture.removeprefix("sm_")))
                 took = time.monotonic() - began
@@ -105,9 +115,9 @@ def main() -> None:
                     command = [CUOBJDUMP, "-res-usage", file.name]
                     usage = subprocess.run(command, capture_output=True, text=True, check=True)
                 registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
-                what = f"{architecture} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}"
+                what = f"{architecture} {engine} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes))}"
                 print(
-                    f"{what:34} {launch.kernel.fn.__name__:14} registers {registers:>3} spilled {stack:>4} "
+                    f"{what:41} {launch.kernel.fn.__name__:14} registers {registers:>3} spilled {stack:>4} "
                     f"shared {kernel.metadata.shared / 1024:5.0f} KiB {took:5.1f} s",
                     flush=True,
                 )

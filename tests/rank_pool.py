@@ -54,7 +54,7 @@ class RankPool:
         self._store: Any = None
 
     def __call__(
-        self, ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, **kwargs: Any
+        self, ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 900.0, **kwargs: Any
     ) -> list[Any]:
         """Run function(context, *args, **kwargs) on the first `ranks` ranks, which have a mesh of their own.
 

@@ -36,7 +36,7 @@ def test_prefill_reports_the_same_on_any_number_of_ranks(ranks: RankPool, tmp_pa
     reports = []
     for count in (1, 3):
         folder = tmp_path / str(count)
-        result, *others = ranks(count, run_job, "prefill", overrides, str(folder), timeout=300)
+        result, *others = ranks(count, run_job, "prefill", overrides, str(folder))
         assert not any(others)
         assert result["exit_code"] == 0 and result["report"].endswith("exact to the pattern")
         report = json.loads((folder / "report.json").read_text())
@@ -62,7 +62,7 @@ def wrong_out(context: Context, overrides: list[str], folder: str) -> int:
 
 
 def test_prefill_fails_when_the_oracle_disagrees(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks(1, wrong_out, [*SMALL, "job.picture=false"], str(tmp_path), timeout=300) == [1]
+    assert ranks(1, wrong_out, [*SMALL, "job.picture=false"], str(tmp_path)) == [1]
 
 
 def test_prefill_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_prefill_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
 
 def test_prefill_draws_and_traces(ranks: RankPool, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    result = ranks(1, run_job, "prefill", [*SMALL, "job.trace=true"], str(tmp_path), timeout=300)[0]
+    result = ranks(1, run_job, "prefill", [*SMALL, "job.trace=true"], str(tmp_path))[0]
     assert result["exit_code"] == 0 and (tmp_path / "pattern.png").stat().st_size > 10_000
     trace = json.loads((tmp_path / "trace_rank0.json").read_text())
     assert any("attend" in str(event.get("name")) for event in trace["traceEvents"])
@@ -82,7 +82,7 @@ def test_prefill_draws_and_traces(ranks: RankPool, tmp_path: Path) -> None:
 
 @pytest.mark.full  # .ci/run runs the job itself, on 4 ranks
 def test_verify_passes_on_two_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    result, _ = ranks(2, run_job, "verify", [], str(tmp_path), timeout=600)
+    result, _ = ranks(2, run_job, "verify", [], str(tmp_path))
     assert result["exit_code"] == 0 and "all within tolerance" in result["report"]
 
 
@@ -91,7 +91,7 @@ def test_verify_covers_every_preset() -> None:
 
 
 def test_verify_fails_over_a_tolerance_that_nothing_meets(ranks: RankPool, tmp_path: Path) -> None:
-    result = ranks(1, run_job, "verify", ["job.tolerance_float32=1e-12"], str(tmp_path), timeout=600)[0]
+    result = ranks(1, run_job, "verify", ["job.tolerance_float32=1e-12"], str(tmp_path))[0]
     assert result["exit_code"] == 1 and "NOT within tolerance" in result["report"]
 
 

@@ -1,0 +1,367 @@
+"""The forward tile kernel for Hopper GPUs, in Triton's Gluon dialect.
+
+The same online softmax as in attention_triton.py, on as many programs as there are multiprocessors, each of which goes
+through items of work. One warp fetches (see walk_hopper.py); two groups of four warps multiply 64 query rows each and
+take turns, so that one computes exponentials while the other has the matrix unit (Shah et al., "FlashAttention-3",
+2024, section 3.1). Within a group, the product with V of one page is issued after the product with K of the next
+(section 3.2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from distattn.kernels.attention_triton import merge_slots, programs_at_once
+from distattn.kernels.table import TileTable
+from distattn.kernels.walk_hopper import (
+    GROUP_ROWS,
+    TILE,
+    allowed_by,
+    fetch_of_page,
+    mask_words,
+    product_layout,
+    rows_descriptor,
+)
+from distattn.kernels.walk_triton import first_full, item_of_round, next_full, partial_range, slot_of
+from distattn.kernels.work import query_units, query_work
+
+if TYPE_CHECKING:
+    from distattn.kernels.attention import Pages
+
+_LOG2_E = gl.constexpr(1.4426950408889634)
+_LN_2 = gl.constexpr(0.6931471805599453)
+# Below every score and finite: keeps exp2(-inf - max) a zero and not a NaN in rows that attend to nothing.
+_LOWEST = gl.constexpr(-1e30)
+_STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
+_QUERY_BUFFERS = gl.constexpr(2)  # query tiles
+
+
+@gluon.jit
+def _fetch_page(k, v, guest_k, guest_v, page, own_pages, kv_head, k_h, v_h, guest_k_h, guest_v_h, visit, keys, values):
+    k_buffers, k_full, k_empty = keys
+    v_buffers, v_full, v_empty = values
+    stage = visit % _STAGES
+    phase = ((visit // _STAGES) & 1) ^ 1
+    barrier = k_full.index(stage)
+    mbarrier.wait(k_empty.index(stage), phase)
+    mbarrier.expect(barrier, k.block_type.nbytes)
+    fetch_of_page(k, guest_k, k_h, guest_k_h, page, own_pages, kv_head, 0, barrier, k_buffers.index(stage))
+    barrier = v_full.index(stage)
+    mbarrier.wait(v_empty.index(stage), phase)
+    mbarrier.expect(barrier, v.block_type.nbytes)
+    fetch_of_page(v, guest_v, v_h, guest_v_h, page, own_pages, kv_head, 0, barrier, v_buffers.index(stage))
+
+
+@gluon.jit
+def _fetch(
+    q, k, v, guest_k, guest_v, items, item_ptr, units, full_first, full_count, part_page,
+    own_pages, tiles, most, numbers, q_h, k_h, v_h, guest_k_h, guest_v_h, queries, keys, values,
+    SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr,
+):  # fmt: skip
+    """The warp that fetches query tiles and the pages that they visit."""
+    q_buffers, q_full, q_empty = queries
+    visit = 0
+    turn = 0
+    for first in range(0, numbers, gl.num_programs(0)):
+        item, unit, table, exists = item_of_round(first, numbers, items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
+        if exists:
+            head = gl.load(unit + 1)
+            kv_head = gl.load(unit + 2)
+            row = (gl.load(item) - table * tiles) * TILE
+            begin, end, full = partial_range(item)
+            run, full_page, left = first_full(item, full_first, full_count)
+            page = gl.load(part_page + begin)  # there is one entry more than needed
+            buffer = turn % _QUERY_BUFFERS
+            barrier = q_full.index(buffer)
+            mbarrier.wait(q_empty.index(buffer), ((turn // _QUERY_BUFFERS) & 1) ^ 1)
+            mbarrier.expect(barrier, 2 * q.block_type.nbytes)
+            for group in gl.static_range(2):
+                at = row + group * GROUP_ROWS
+                tma.async_copy_global_to_shared(q, [at, head * q_h], barrier, q_buffers.index(buffer * 2 + group))
+            for i in range(begin, end):
+                at = page
+                page = gl.load(part_page + i + 1)
+                _fetch_page(
+                    k, v, guest_k, guest_v, at, own_pages, kv_head, k_h, v_h, guest_k_h, guest_v_h, visit, keys, values
+                )  # fmt: skip
+                visit += 1
+            for _ in range(full):
+                at = full_page
+                run, full_page, left = next_full(full_first, full_count, run, full_page, left, 1)
+                _fetch_page(
+                    k, v, guest_k, guest_v, at, own_pages, kv_head, k_h, v_h, guest_k_h, guest_v_h, visit, keys, values
+                )  # fmt: skip
+                visit += 1
+            turn += 1
+
+
+@gluon.jit
+def _multiply_keys(query, keys, turns, visit, GROUP: gl.constexpr, COLUMNS: gl.constexpr):
+    """Issues query x keys of a visit once its page is there and it is this group's turn, which visit tells apart."""
+    k_buffers, k_full, k_empty = keys
+    stage = visit % _STAGES
+    zero = gl.zeros([GROUP_ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
+    mbarrier.wait(k_full.index(stage), (visit // _STAGES) & 1)
+    mbarrier.wait(turns.index(GROUP), (visit & 1) ^ (1 - GROUP))
+    return warpgroup_mma(query, k_buffers.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _weights_of(scores, words, high, scale, MASKED: gl.constexpr, COLUMNS: gl.constexpr):
+    """exp2(scale scores - new maximum), and the new maximum."""
+    if MASKED:
+        scores = gl.where(allowed_by(words, COLUMNS), scores, float("-inf"))
+    new_high = gl.maximum(high, gl.max(scores, 1) * scale)
+    return gl.exp2(scores * scale - new_high[:, None]), new_high
+
+
+@gluon.jit
+def _step(
+    query, keys, values, turns, weights, high, total, acc, visit, more, masks, mask, scale,
+    GROUP: gl.constexpr, MASKED: gl.constexpr, COLUMNS: gl.constexpr, V_DIM: gl.constexpr,
+):  # fmt: skip
+    """Adds a page: its scores, while the page before it is multiplied with its weights."""
+    k_buffers, k_full, k_empty = keys
+    v_buffers, v_full, v_empty = values
+    ACC: gl.constexpr = product_layout(V_DIM)
+    before = (visit - 1) % _STAGES
+    stage = visit % _STAGES
+    scores = _multiply_keys(query, keys, turns, visit, GROUP, COLUMNS)
+    mbarrier.wait(v_full.index(before), ((visit - 1) // _STAGES) & 1)
+    acc = warpgroup_mma(weights, v_buffers.index(before), acc, is_async=True)
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+    words = 0
+    if MASKED:  # loaded here, it delays no product
+        words = mask_words(masks, mask, GROUP * GROUP_ROWS, 0, COLUMNS)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    new_weights, new_high = _weights_of(scores, words, high, scale, MASKED, COLUMNS)
+    fade = gl.exp2(high - new_high)
+    total = total * fade + gl.sum(new_weights, 1)
+    # Ends a basic block, so that the assembler does not move the wait for the product before the exponentials.
+    mbarrier.wait(k_full.index((visit + 1) % _STAGES), ((visit + 1) // _STAGES) & 1, pred=more)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    weights = gl.convert_layout(new_weights.to(weights.dtype), gl.DotOperandLayout(0, ACC, 2))
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, ACC))[:, None]
+    return weights, new_high, total, acc
+
+
+@gluon.jit
+def _multiply(
+    out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks,
+    tokens, tiles, most, numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns,
+    GROUP: gl.constexpr, SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr,
+    CONTINUED: gl.constexpr,
+    RESUME: gl.constexpr,
+):  # fmt: skip
+    """A group of warps: rows GROUP * 64 .. of each query tile."""
+    q_buffers, q_full, q_empty = queries
+    k_buffers, k_full, k_empty = keys
+    v_buffers, v_full, v_empty = values
+    dtype: gl.constexpr = q_buffers.dtype
+    COLUMNS: gl.constexpr = k_buffers.shape[1]
+    V_DIM: gl.constexpr = v_buffers.shape[2]
+    SCORES: gl.constexpr = product_layout(COLUMNS)
+    ACC: gl.constexpr = product_layout(V_DIM)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    visit = 0
+    turn = 0
+    for first in range(0, numbers, gl.num_programs(0)):
+        item, unit, table, exists = item_of_round(first, numbers, items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
+        if exists:
+            head = gl.load(unit + 1)
+            tile = gl.load(item) - table * tiles
+            slot = slot_of(item)
+            begin, end, full = partial_range(item)
+            # The first page: nothing is multiplied beside it. A mask is fetched whether it has one or not.
+            first_mask = gl.load(part_mask + begin)
+            mask = gl.load(part_mask + begin + 1)
+            buffer = turn % _QUERY_BUFFERS
+            query = q_buffers.index(buffer * 2 + GROUP)
+            mbarrier.wait(q_full.index(buffer), (turn // _QUERY_BUFFERS) & 1)
+            scores = _multiply_keys(query, keys, turns, visit, GROUP, COLUMNS)
+            mbarrier.arrive(turns.index(1 - GROUP), count=1)
+            words = mask_words(masks, first_mask, GROUP * GROUP_ROWS, 0, COLUMNS)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_empty.index(visit % _STAGES), count=1)
+            if begin < end:
+                scores = gl.where(allowed_by(words, COLUMNS), scores, float("-inf"))
+            lowest = gl.full([GROUP_ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+            fresh, high = _weights_of(scores, 0, lowest, scale, False, COLUMNS)
+            total = gl.sum(fresh, 1)
+            weights = gl.convert_layout(fresh.to(dtype), WEIGHTS)
+            acc = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, ACC)
+            visit += 1
+            full -= (begin >= end).to(gl.int32)
+            for i in range(begin + 1, end):
+                this_mask = mask
+                mask = gl.load(part_mask + i + 1)
+                more = (i + 1 < end) | (full > 0)
+                weights, high, total, acc = _step(
+                    query, keys, values, turns, weights, high, total, acc, visit, more, masks, this_mask, scale,
+                    GROUP, True, COLUMNS, V_DIM,
+                )  # fmt: skip
+                visit += 1
+            for i in range(full):
+                weights, high, total, acc = _step(
+                    query, keys, values, turns, weights, high, total, acc, visit, i + 1 < full, masks, 0, scale,
+                    GROUP, False, COLUMNS, V_DIM,
+                )  # fmt: skip
+                visit += 1
+            last = (visit - 1) % _STAGES
+            mbarrier.wait(v_full.index(last), ((visit - 1) // _STAGES) & 1)
+            acc = warpgroup_mma(weights, v_buffers.index(last), acc, is_async=True)
+            row_lse = high + gl.log2(total)
+            factor = gl.where(total == 0.0, 0.0, 1.0 / total)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_empty.index(last), count=1)
+            row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, SCORES))
+            acc_row = (GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, BY_ROW)).to(gl.int64)
+            column = gl.arange(0, V_DIM, gl.SliceLayout(0, ACC))
+            if slot >= 0:
+                at = (slot.to(gl.int64) * ALL_HEADS + head) * TILE
+                gl.store(slot_lse + at + row, row_lse * _LN_2)
+                acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
+                gl.store(slot_out + (at + acc_row)[:, None] * V_DIM + column[None, :], acc)
+            else:
+                there = tile * TILE + row < tokens
+                lse_at = lse + (tile * TILE + row).to(gl.int64) * lse_n + head * lse_h
+                if CONTINUED:
+                    out_at = out + (tile * TILE + acc_row)[:, None] * out_n + head * out_h + column[None, :]
+                    out_there = (tile * TILE + acc_row < tokens)[:, None] & (column < V_DIM)[None, :]
+                    if RESUME:
+                        before = gl.load(lse_at, mask=there, other=float("-inf")) * _LOG2_E
+                        both = gl.maximum(gl.maximum(row_lse, before), _LOWEST)
+                        share = gl.exp2(before - both)
+                        whole = share + gl.exp2(row_lse - both)
+                        factor *= gl.exp2(row_lse - both) / gl.where(whole == 0.0, 1.0, whole)
+                        share = share / gl.where(whole == 0.0, 1.0, whole)
+                        row_lse = both + gl.log2(whole)
+                        old = gl.load(out_at, mask=out_there, other=0.0)
+                        acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
+                        acc += old * gl.convert_layout(share, BY_ROW)[:, None]
+                    else:
+                        acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
+                    gl.store(out_at, acc, mask=out_there)
+                else:
+                    acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
+                    query.store(acc.to(dtype))
+                    fence_async_shared()
+                    tma.async_copy_shared_to_global(out, [tile * TILE + GROUP * GROUP_ROWS, head * out_h], query)
+                    tma.store_wait(0)
+                gl.store(lse_at, row_lse * _LN_2, mask=there)
+            mbarrier.arrive(q_empty.index(buffer), count=1)
+            turn += 1
+
+
+@gluon.jit(do_not_specialize=["tokens", "own_pages", "tiles", "most", "numbers"])
+def _forward(
+    q, k, v, guest_k, guest_v, out, lse, slot_out, slot_lse,
+    items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
+    tokens, own_pages, tiles, most, numbers, scale,
+    q_h, k_h, v_h, guest_k_h, guest_v_h, out_n, out_h, lse_n, lse_h,
+    SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr, CONTINUED: gl.constexpr,
+    RESUME: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """CONTINUED: out is a pointer to float32 that stages continue, and not a descriptor."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    DIM: gl.constexpr = q.block_type.shape[1]
+    V_DIM: gl.constexpr = v.block_type.shape[1]
+    q_buffers = gl.allocate_shared_memory(q.dtype, [2 * _QUERY_BUFFERS, GROUP_ROWS, DIM], q.layout)
+    k_buffers = gl.allocate_shared_memory(k.dtype, [_STAGES, TILE, DIM], k.layout)
+    v_buffers = gl.allocate_shared_memory(v.dtype, [_STAGES, TILE, V_DIM], v.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [_QUERY_BUFFERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [_QUERY_BUFFERS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(_QUERY_BUFFERS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    queries = (q_buffers, q_full, q_empty)
+    keys = (k_buffers, k_full, k_empty)
+    values = (v_buffers, v_full, v_empty)
+    # The dialect wants these written in place.
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
+                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 0, SIDE_BY_SIDE, ONE_TABLE,
+                ALL_HEADS,
+                CONTINUED, RESUME,
+            )),
+            (_multiply, (
+                out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
+                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 1, SIDE_BY_SIDE, ONE_TABLE,
+                ALL_HEADS,
+                CONTINUED, RESUME,
+            )),
+            (_fetch, (
+                q, k, v, guest_k, guest_v, items, item_ptr, units, full_first, full_count, part_page,
+                own_pages, tiles, most, numbers, q_h, k_h, v_h, guest_k_h, guest_v_h, queries, keys, values,
+                SIDE_BY_SIDE, ONE_TABLE,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    own: Pages,
+    guests: Pages,
+    table: TileTable,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    resume: bool,
+) -> None:
+    device, heads, v_dim = q.device, q.shape[2], own.v.shape[3]
+    programs = programs_at_once(device)
+    work = query_work(table, device, programs)
+    if work.most == 0:
+        return
+    units, _, side_by_side = query_units(table, own.k.shape[2], pack=False, device=device)
+    slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
+    slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
+    numbers = len(units) * work.most
+    continued = out.dtype == torch.float32
+    guests = guests if guests.k.shape[1] else own  # a descriptor of nothing is not to be had
+    visits = work.visits
+    for b in range(q.shape[0]):
+        pages = [x[b] for x in (*own, *guests)]
+        _forward[(min(numbers, programs),)](
+            rows_descriptor(q[b], 64), *(rows_descriptor(x, 128) for x in pages),
+            out[b] if continued else rows_descriptor(out[b], 64), lse[b], slot_out, slot_lse,
+            work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
+            visits.part_mask, visits.masks, q.shape[1], table.own_pages, table.tiles, work.most, numbers,
+            scale * _LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
+            SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, ALL_HEADS=heads, CONTINUED=continued,
+            RESUME=resume, num_warps=4,
+        )  # fmt: skip
+        merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, 1, resume)

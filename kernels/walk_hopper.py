@@ -1,0 +1,131 @@
+"""What the kernels for Hopper GPUs share, in Triton's Gluon dialect: layouts, descriptors, and masks from bits.
+
+Every such kernel has three groups of warps: one warp that fetches tiles with the tensor memory accelerator into a ring
+of buffers in shared memory, and two groups of four warps that each multiply 64 rows. A buffer has two barriers: "full"
+(its bytes have come) and "empty" (both groups have read it). Round r of a ring waits for phase r % 2 of "full" and for
+the other phase of "empty", which a fresh barrier passes at once.
+
+Items of work and their visits are walked by the functions of walk_triton.py, which serve in both dialects.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+GROUP_ROWS = gl.constexpr(64)
+"""Rows that a group of warps multiplies."""
+TILE = gl.constexpr(128)
+"""Rows of a query tile and of a page: those of two groups."""
+
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """Of a product of 64 rows, made by four warps."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def bits_layout(columns):
+    """:func:`product_layout` of [64, columns] seen as [64, columns / 32, 32]: a word of a mask beside its bits."""
+    words = [[0, 1 << i, 0] for i in range((columns // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [8, 0, 0], [0, 0, 8], [0, 0, 16], *words],
+        [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0]],
+        [],
+        [64, columns // 32, 32],
+    )
+
+
+@gluon.constexpr_function
+def bits_layout_transposed(columns):
+    """:func:`product_layout` of [64, columns] seen as [2, 32, columns]: 64 keys are two words of a mask's row."""
+    far = [[0, 0, 8 << i] for i in range((columns // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 8, 0], *far],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[0, 16, 0], [1, 0, 0]],
+        [],
+        [2, 32, columns],
+    )
+
+
+@gluon.jit
+def fetch_of_page(own, guests, own_h, guest_h, page, own_pages, kv_head, row, barrier, buffer):
+    """Fetches rows ``row`` .. of a page, one head, from the rank's own or the guests'."""
+    if page < own_pages:
+        tma.async_copy_global_to_shared(own, [page * TILE + row, kv_head * own_h], barrier, buffer)
+    else:
+        tma.async_copy_global_to_shared(guests, [(page - own_pages) * TILE + row, kv_head * guest_h], barrier, buffer)
+
+
+@gluon.jit
+def mask_words(masks, mask, row0, word0, COLUMNS: gl.constexpr):
+    """int32 [64, COLUMNS / 32]: words of a mask's rows row0 .. row0 + 63, from word word0 of a row's four."""
+    INNER: gl.constexpr = gl.SliceLayout(2, bits_layout(COLUMNS))
+    row = row0 + gl.arange(0, 64, gl.SliceLayout(1, INNER))
+    word = word0 + gl.arange(0, COLUMNS // 32, gl.SliceLayout(0, INNER))
+    return gl.load(masks + mask.to(gl.int64) * 512 + row[:, None] * 4 + word[None, :])
+
+
+@gluon.jit
+def allowed_by(words, COLUMNS: gl.constexpr):
+    """bool [64, COLUMNS] in the layout of a product, from :func:`mask_words`."""
+    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, bits_layout(COLUMNS))))
+    bits = gl.expand_dims(words, 2) & (1 << gl.expand_dims(gl.expand_dims(bit, 0), 1))
+    return gl.convert_layout(gl.reshape(bits, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True) != 0
+
+
+@gluon.jit
+def mask_words_transposed(masks, mask, row0, word0, COLUMNS: gl.constexpr):
+    """int32 [2, COLUMNS]: two words of a mask's rows row0 .. row0 + COLUMNS - 1, from word word0 of a row's four."""
+    INNER: gl.constexpr = gl.SliceLayout(1, bits_layout_transposed(COLUMNS))
+    word = word0 + gl.arange(0, 2, gl.SliceLayout(1, INNER))
+    row = row0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, INNER))
+    return gl.load(masks + mask.to(gl.int64) * 512 + row[None, :] * 4 + word[:, None])
+
+
+@gluon.jit
+def allowed_by_transposed(words, COLUMNS: gl.constexpr):
+    """bool [64 keys, COLUMNS rows] in the layout of a product, from :func:`mask_words_transposed`."""
+    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, bits_layout_transposed(COLUMNS))))
+    bits = gl.expand_dims(words, 1) & (1 << gl.expand_dims(gl.expand_dims(bit, 0), 2))
+    return gl.convert_layout(gl.reshape(bits, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True) != 0
+
+
+def rows_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """For fetching ``rows`` rows of one head at a time from x [tokens, heads, dim]; see :func:`fetchable`.
+
+    Rows beyond the last are zeros when read and nowhere when written.
+    """
+    tokens, heads, dim = x.shape
+    width = (heads - 1) * x.stride(1) + dim
+    return _descriptor(x, [tokens, width], [x.stride(0), 1], [rows, dim])
+
+
+def line_descriptor(x: Tensor, length: int) -> TensorDescriptor:
+    """For fetching ``length`` numbers at a time from x, which is contiguous."""
+    return _descriptor(x, [x.numel()], [1], [length])
+
+
+def _descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[x.dtype])
+    return TensorDescriptor(x, list(shape), list(strides), block, layout)
+
+
+def fetchable(x: Tensor) -> bool:
+    """Whether one head of some rows of x [batch, tokens, heads, dim] can be fetched, or written, at a time, in place.
+
+    Heads lie beside each other in a token's row, and addresses are multiples of 16 bytes.
+    """
+    batch, row, head, one = x.stride()
+    aligned = all(n * x.element_size() % 16 == 0 for n in (batch, row, head, x.data_ptr() // x.element_size()))
+    heads, dim = x.shape[2:]
+    return one == 1 and aligned and (heads == 1 or dim <= head) and (heads - 1) * head + dim <= row

@@ -1,0 +1,102 @@
+"""The kernels for Hopper GPUs against the float64 oracle; they run on no other device."""
+
+import pytest
+import torch
+from kernel_cases import Case, check, inputs, run, split, table_of
+
+from distattn.kernels import work
+from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose, row_deltas
+from distattn.patterns import Causal, Dense, Documents, GlobalTokens, Pattern, PerHead, SlidingWindow
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+WINDOW = Causal() & (SlidingWindow(300, 0) | GlobalTokens(range(3)))
+
+
+def case(pattern: Pattern, length: int, **others: object) -> Case:
+    sizes = dict(block_q=128, block_k=128, head_dim=128, value_dim=128, dtype=torch.bfloat16, scale=0.09)
+    return Case(pattern, length, tokens_first=True, **sizes | others)  # type: ignore[arg-type]
+
+
+CASES = {
+    "window": case(WINDOW, 1000, batch=2),
+    "dense, whole tiles": case(Dense(), 1024, heads=8),
+    "causal, heads of 64": case(Causal(), 777, head_dim=64, value_dim=64, dtype=torch.float16),
+    "three heads a key head": case(Causal(), 500, heads=3, kv_heads=1),
+    "rows that see nothing": case(Documents([400, 200]) & Causal() & ~SlidingWindow(130, 0), 600),
+    "a table a head": case(PerHead([Causal(), WINDOW, Dense(), SlidingWindow(99, 99)]), 650),
+    "one token": case(Causal(), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"), [*((name, False) for name in CASES), ("window", True), ("a table a head", True)]
+)
+def test_hopper_matches_the_oracle(name: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cut:  # every row of more than two visits leaves partial results
+        monkeypatch.setattr(work, "_SHORTEST", 2)
+        monkeypatch.setattr(work, "_LONGEST", 0.0)
+    it = CASES[name]
+    q, k, v, grad, _ = inputs(it)
+    own, guests = (Pages(*pair) for pair in zip(split(it, k), split(it, v), strict=True))
+    assert choose(q, own, guests, table_of(it), grad, it.scale).kernel == "hopper"
+    check(it)
+
+
+@pytest.mark.parametrize("name", ["window", "a table a head"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_hopper_resumes(name: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cut:
+        monkeypatch.setattr(work, "_SHORTEST", 2)
+        monkeypatch.setattr(work, "_LONGEST", 0.0)
+    it = CASES[name]
+    table = table_of(it)
+    q, k, v, grad, _ = inputs(it)
+    own, guests = (Pages(*pair) for pair in zip(split(it, k), split(it, v), strict=True))
+    out, lse = torch.zeros(grad.shape, device=q.device), torch.full(q.shape[:3], -torch.inf, device=q.device)
+    attention_forward(q, own, guests, table, out, lse, scale=it.scale)
+    assert choose(q, own, guests, table, out, it.scale).kernel == "hopper"
+    twice, twice_lse = out.clone(), lse.clone()
+    attention_forward(q, own, guests, table, twice, twice_lse, scale=it.scale, resume=True)
+    # Every key counted twice: the same mean, and log 2 more.
+    torch.testing.assert_close(twice, out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(twice_lse, lse + 0.6931472, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["window", "rows that see nothing", "a table a head"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_gradients_of_16_bits(name: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written instead of added to, they are those of 32 bits, rounded once."""
+    if cut:
+        monkeypatch.setattr(work, "_SHORTEST", 2)
+        monkeypatch.setattr(work, "_LONGEST", 0.0)
+    it = CASES[name]
+    table = table_of(it)
+    q, k, v, grad, grad_lse = inputs(it)
+    wide = run(it, q, k, v, grad, grad_lse)
+    own, guests = (Pages(*pair) for pair in zip(split(it, k), split(it, v), strict=True))
+    dq, d_own, d_guests = torch.zeros_like(q), Pages(*map(torch.zeros_like, own)), Pages(*map(torch.zeros_like, guests))
+    delta = row_deltas(wide.out, grad, grad_lse)
+    attention_backward(q, own, guests, table, grad, wide.lse, delta, dq, d_own, d_guests, scale=it.scale)
+    for found, expected in zip((dq, *d_own, *d_guests), (wide.dq, *wide.d_own, *wide.d_guests), strict=True):
+        torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-2)
+
+
+def test_large_scores() -> None:
+    """Scores of some thousands: nothing overflows, and rows attend to one key."""
+    it = CASES["window"]
+    check(it._replace(scale=9.0))
+
+
+def test_the_result_does_not_depend_on_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "_SHORTEST", 2)
+    monkeypatch.setattr(work, "_LONGEST", 0.0)
+    it = CASES["a table a head"]
+    made = inputs(it)
+    first, second = (run(it, *made) for _ in range(2))
+    assert torch.equal(first.out, second.out) and torch.equal(first.dq, second.dq)
+    assert all(torch.equal(a, b) for a, b in zip(first.d_own, second.d_own, strict=True))
