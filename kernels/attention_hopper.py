@@ -164,8 +164,7 @@ def _multiply(
     out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks,
     tokens, tiles, most, numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns,
     GROUP: gl.constexpr, SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr,
-    CONTINUED: gl.constexpr,
-    RESUME: gl.constexpr,
+    MASKS: gl.constexpr, CONTINUED: gl.constexpr, RESUME: gl.constexpr,
 ):  # fmt: skip
     """A group of warps: rows GROUP * 64 .. of each query tile."""
     q_buffers, q_full, q_empty = queries
@@ -187,19 +186,22 @@ def _multiply(
             tile = gl.load(item) - table * tiles
             slot = slot_of(item)
             begin, end, full = partial_range(item)
-            # The first page: nothing is multiplied beside it. A mask is fetched whether it has one or not.
-            first_mask = gl.load(part_mask + begin)
-            mask = gl.load(part_mask + begin + 1)
+            # The first page: nothing is multiplied beside it.
+            if MASKS:  # fetched early, and whether this item needs it or not
+                first_mask = gl.load(part_mask + begin)
+                mask = gl.load(part_mask + begin + 1)
             buffer = turn % _QUERY_BUFFERS
             query = q_buffers.index(buffer * 2 + GROUP)
             mbarrier.wait(q_full.index(buffer), (turn // _QUERY_BUFFERS) & 1)
             scores = _multiply_keys(query, keys, turns, visit, GROUP, COLUMNS)
             mbarrier.arrive(turns.index(1 - GROUP), count=1)
-            words = mask_words(masks, first_mask, GROUP * GROUP_ROWS, 0, COLUMNS)
+            if MASKS:
+                words = mask_words(masks, first_mask, GROUP * GROUP_ROWS, 0, COLUMNS)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(visit % _STAGES), count=1)
-            if begin < end:
-                scores = gl.where(allowed_by(words, COLUMNS), scores, float("-inf"))
+            if MASKS:
+                if begin < end:
+                    scores = gl.where(allowed_by(words, COLUMNS), scores, float("-inf"))
             lowest = gl.full([GROUP_ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
             fresh, high = _weights_of(scores, 0, lowest, scale, False, COLUMNS)
             total = gl.sum(fresh, 1)
@@ -207,15 +209,16 @@ def _multiply(
             acc = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, ACC)
             visit += 1
             full -= (begin >= end).to(gl.int32)
-            for i in range(begin + 1, end):
-                this_mask = mask
-                mask = gl.load(part_mask + i + 1)
-                more = (i + 1 < end) | (full > 0)
-                weights, high, total, acc = _step(
-                    query, keys, values, turns, weights, high, total, acc, visit, more, masks, this_mask, scale,
-                    GROUP, True, COLUMNS, V_DIM,
-                )  # fmt: skip
-                visit += 1
+            if MASKS:
+                for i in range(begin + 1, end):
+                    this_mask = mask
+                    mask = gl.load(part_mask + i + 1)
+                    more = (i + 1 < end) | (full > 0)
+                    weights, high, total, acc = _step(
+                        query, keys, values, turns, weights, high, total, acc, visit, more, masks, this_mask, scale,
+                        GROUP, True, COLUMNS, V_DIM,
+                    )  # fmt: skip
+                    visit += 1
             for i in range(full):
                 weights, high, total, acc = _step(
                     query, keys, values, turns, weights, high, total, acc, visit, i + 1 < full, masks, 0, scale,
@@ -274,11 +277,11 @@ def _forward(
     items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_pages, tiles, most, numbers, scale,
     q_h, k_h, v_h, guest_k_h, guest_v_h, out_n, out_h, lse_n, lse_h,
-    SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr, CONTINUED: gl.constexpr,
-    RESUME: gl.constexpr,
-    num_warps: gl.constexpr,
+    SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr, MASKS: gl.constexpr,
+    CONTINUED: gl.constexpr, RESUME: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """CONTINUED: out is a pointer to float32 that stages continue, and not a descriptor."""
+    """MASKS: some page is PARTIAL. CONTINUED: out is a pointer to float32 that stages continue,
+    and not a descriptor."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     DIM: gl.constexpr = q.block_type.shape[1]
     V_DIM: gl.constexpr = v.block_type.shape[1]
@@ -310,15 +313,13 @@ def _forward(
         [
             (_multiply, (
                 out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
-                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 0, SIDE_BY_SIDE, ONE_TABLE,
-                ALL_HEADS,
-                CONTINUED, RESUME,
+                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 0, SIDE_BY_SIDE,
+                ONE_TABLE, ALL_HEADS, MASKS, CONTINUED, RESUME,
             )),
             (_multiply, (
                 out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
-                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 1, SIDE_BY_SIDE, ONE_TABLE,
-                ALL_HEADS,
-                CONTINUED, RESUME,
+                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 1, SIDE_BY_SIDE,
+                ONE_TABLE, ALL_HEADS, MASKS, CONTINUED, RESUME,
             )),
             (_fetch, (
                 q, k, v, guest_k, guest_v, items, item_ptr, units, full_first, full_count, part_page,
@@ -361,7 +362,7 @@ def forward(
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
             visits.part_mask, visits.masks, q.shape[1], table.own_pages, table.tiles, work.most, numbers,
             scale * _LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
-            SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, ALL_HEADS=heads, CONTINUED=continued,
-            RESUME=resume, num_warps=4,
+            SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
+            CONTINUED=continued, RESUME=resume, num_warps=4,
         )  # fmt: skip
         merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, 1, resume)

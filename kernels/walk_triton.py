@@ -33,18 +33,19 @@ def find_item(number, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr, 
 
 
 @triton.jit
-def item_of_round(first, total, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr):
-    """:func:`find_item` of programs that take one item of ``first .. first + programs - 1`` each, round after round.
+def item_of_round(first, numbers, items, item_ptr, units, most, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr):
+    """:func:`find_item` of programs that take one of the first ``numbers`` numbers each, round after round.
 
-    Every second round goes backwards, since of items in falling order the first program would always get the longest.
+    A round has the numbers ``first .. first + programs - 1``. Every second one goes backwards, since of items in
+    falling order the first program would always get the longest.
     """
     programs = tl.num_programs(0)
     pid = tl.program_id(0)
     number = first + tl.where((first // programs) % 2 == 0, pid, programs - 1 - pid)
     item, unit, table, exists = find_item(
-        tl.minimum(number, total - 1), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE
+        tl.minimum(number, numbers - 1), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE
     )
-    return item, unit, table, exists & (number < total)
+    return item, unit, table, exists & (number < numbers)
 
 
 @triton.jit

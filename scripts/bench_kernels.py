@@ -2,6 +2,7 @@
 """The tile kernels beside other attention kernels, forward and backward, on one GPU.
 
     python scripts/bench_kernels.py [--cases NAME ...] [--rounds 10] [--shrink 1] [--csv FILE] [--plot FILE.png]
+        [--commit NAME]
 
 Every round runs each kernel once, ours and the peers in turn, since a GPU that is limited by power changes its clock
 from one second to the next; a row has the median of the rounds. TFLOP/s count 4 heads head_dim pairs forward and 2.5
@@ -306,19 +307,19 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
     return rows
 
 
-def here() -> dict[str, object]:
+def here(commit: str | None) -> dict[str, object]:
     """Where this was measured: GPU or CPU, versions, commit."""
     import triton
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout
+    if commit is None:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     return {
         "device": device,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.strip() or "unknown",
+        "commit": commit or "unknown",
     }
 
 
@@ -357,10 +358,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=10, help="timed rounds of each case (default 10)")
     parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
     parser.add_argument("--csv", type=Path, help="where to write the rows")
+    parser.add_argument("--commit", help="what is measured, where git does not tell")
     parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where, rows = here(), []
+    where, rows = here(arguments.commit), []
     for name in arguments.cases:
         print(name, flush=True)
         rows += measure(CASES[name], arguments.shrink, arguments.rounds, device)
