@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from distattn.cost import Machine, Prediction, Work, step_time
+from distattn.kernels.attention import choose_by_shape
 
 if TYPE_CHECKING:
     from distattn.plan import Plan
@@ -59,6 +62,10 @@ def explain(plan: Plan, itemsize: int, machine: Machine) -> str:
         f"Predicted forward pass, one layer: {worst * 1e3:,.3f} ms on {machine.name}: "
         f"{machine.flops / 1e12:g} TFLOP/s, {machine.bandwidth / 1e9:g} GB/s, {machine.latency * 1e6:g} us a rank.",
     ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {2: torch.bfloat16, 4: torch.float32}.get(itemsize, torch.float64)
+    kernel, why = choose_by_shape(device, dtype, plan.block_q, plan.block_k, plan.head_dim, plan.value_dim)
+    text.append(f"Kernels on this machine for {str(dtype).removeprefix('torch.')}: {kernel}, since {why}.")
     if 1 < plan.world_size <= _STAGES_SHOWN:
         text += ["", *_stages(plan, itemsize)]
     return "\n".join(text)

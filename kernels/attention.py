@@ -149,34 +149,37 @@ class Choice(NamedTuple):
 
 def choose(q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float) -> Choice:
     """Which kernels run on these tensors; ``rows`` is the output, or its gradient."""
-    if q.device.type != "cuda":
-        return Choice("torch", f"tensors are on {q.device.type}, not on a GPU")
-    if q.dtype == torch.float64:
-        return Choice("torch", "float64 is for checking, and no GPU kernel is made for it")
-    missing = _missing_for_hopper(q, own, guests, table, rows, scale)
-    return Choice("triton", missing) if missing else Choice("hopper", "a Hopper GPU, and tiles that its kernels take")
-
-
-def _missing_for_hopper(
-    q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float
-) -> str | None:
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability != (9, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{q.dtype} is not a type of 16 bits"
-    if (table.block_q, table.block_k) != (128, 128):
-        return f"tiles are {table.block_q} x {table.block_k}, not 128 x 128"
-    if q.shape[3] not in (64, 128) or own.v.shape[3] != q.shape[3]:
-        return f"head_dim is {q.shape[3]} and value_dim {own.v.shape[3]}, not both 64 or both 128"
+    choice = choose_by_shape(q.device, q.dtype, table.block_q, table.block_k, q.shape[3], own.v.shape[3])
+    if choice.kernel != "hopper":
+        return choice
     if scale <= 0:
-        return f"scale is {scale}, not positive"
+        return Choice("triton", f"scale is {scale}, not positive")
     from distattn.kernels.walk_hopper import fetchable
 
     fetched = [q, *own, *(guests if guests.k.shape[1] else ()), *([] if rows.dtype == torch.float32 else [rows])]
     if not all(map(fetchable, fetched)):
-        return "the heads of a token are not beside each other in memory, or not aligned to 16 bytes"
-    return None
+        return Choice("triton", "the heads of a token are not beside each other in memory, or not aligned to 16 bytes")
+    return choice
+
+
+def choose_by_shape(
+    device: torch.device, dtype: torch.dtype, block_q: int, block_k: int, head_dim: int, value_dim: int
+) -> Choice:
+    """Which kernels run on tensors of these sizes, unless their place in memory does not suit."""
+    if device.type != "cuda":
+        return Choice("torch", f"tensors are on {device.type}, not on a GPU")
+    if dtype == torch.float64:
+        return Choice("torch", "float64 is for checking, and no GPU kernel is made for it")
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return Choice("triton", f"the GPU has compute capability {capability[0]}.{capability[1]}, not 9.0")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Choice("triton", f"{dtype} is not a type of 16 bits")
+    if (block_q, block_k) != (128, 128):
+        return Choice("triton", f"tiles are {block_q} x {block_k}, not 128 x 128")
+    if head_dim not in (64, 128) or value_dim != head_dim:
+        return Choice("triton", f"head_dim is {head_dim} and value_dim {value_dim}, not both 64 or both 128")
+    return Choice("hopper", "the GPU is a Hopper, and its kernels take these sizes")
 
 
 def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from distattn import reference
 from distattn.axis import Axis
-from distattn.kernels.attention import Pages, attention_backward, attention_forward, merge
+from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose_by_shape, merge
 from distattn.kernels.table import TileTable
 from distattn.patterns import Causal, Pattern, SlidingWindow, Strided
 from distattn.tiles import Extents, assemble, visit
@@ -122,3 +122,48 @@ def test_merging_with_nothing_changes_nothing() -> None:
     ):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "block", "dims", "kernel", "why"),
+    [
+        ("cpu", (9, 0), torch.bfloat16, 128, (128, 128), "torch", "not on a GPU"),
+        ("cuda", (9, 0), torch.float64, 128, (128, 128), "torch", "checking"),
+        ("cuda", (9, 0), torch.bfloat16, 128, (128, 128), "hopper", "Hopper"),
+        ("cuda", (9, 0), torch.float16, 128, (64, 64), "hopper", "Hopper"),
+        ("cuda", (8, 0), torch.bfloat16, 128, (128, 128), "triton", "8.0"),
+        ("cuda", (9, 0), torch.float32, 128, (128, 128), "triton", "16 bits"),
+        ("cuda", (9, 0), torch.bfloat16, 64, (128, 128), "triton", "64 x 64"),
+        ("cuda", (9, 0), torch.bfloat16, 128, (80, 80), "triton", "80"),
+        ("cuda", (9, 0), torch.bfloat16, 128, (128, 64), "triton", "64"),
+    ],
+)
+def test_the_choice_of_kernels_says_why(
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    block: int,
+    dims: tuple[int, int],
+    kernel: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    choice = choose_by_shape(torch.device(device), dtype, block, block, *dims)
+    assert choice.kernel == kernel and why in choice.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype, qkv: list[torch.Tensor]) -> None:
+    q, k, v = (x.to(dtype) for x in qkv)
+    table = table_of(PATTERN, np.arange(PAGES), PAGES)
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
+    attention_forward(q, Pages(k, v), NOBODY, table, out, lse, scale=DIM**-0.5)
+    delta = (out.float() ** 2).sum(-1)
+    found = [[torch.zeros_like(x, dtype=made) for x in (q, k, v)] for made in (torch.float32, dtype)]
+    nobody = Pages(*(x.to(dtype) for x in NOBODY))
+    for dq, dk, dv in found:
+        d_nobody = Pages(dk[:, :0], dv[:, :0])
+        attention_backward(q, Pages(k, v), nobody, table, out, lse, delta, dq, Pages(dk, dv), d_nobody, scale=DIM**-0.5)
+    for wide, narrow in zip(*found, strict=True):
+        assert torch.equal(wide.to(dtype), narrow)

@@ -107,6 +107,7 @@ def test_explain_lists_ranks_and_stages() -> None:
     )
     assert sum(line.split()[:1] == [str(r)] for r in range(4) for line in lines) >= 4
     assert any("Stages of rank 1" in line for line in lines)
+    assert any(line.startswith("Kernels on this machine for float32: ") and " since " in line for line in lines)
 
 
 def test_step_time_is_its_longest_part_and_the_latency() -> None:

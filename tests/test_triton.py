@@ -55,6 +55,17 @@ def test_triton_resumes() -> None:
     torch.testing.assert_close(twice_lse, lse + np.log(2), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("heads", "dim"), [(3, 33), (2, 64)])
+def test_row_deltas(heads: int, dim: int) -> None:
+    from distattn.kernels.attention_triton_backward import row_deltas
+
+    generator = torch.Generator().manual_seed(0)
+    out, grad = (torch.randn(2, heads, 50, dim, generator=generator).transpose(1, 2).to(DEVICE) for _ in range(2))
+    grad_lse = torch.randn(2, heads, 50, generator=generator).transpose(1, 2).to(DEVICE)
+    found = row_deltas(out, grad, grad_lse)
+    torch.testing.assert_close(found, (out * grad).sum(-1) - grad_lse, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_are_cut_into_items() -> None:
     generator = np.random.default_rng(0)
     partial, runs = generator.integers(0, 4, 30), generator.integers(0, 4, 30)
