@@ -21,6 +21,8 @@ GROUP_ROWS = gl.constexpr(64)
 """Rows that a group of warps multiplies."""
 TILE = gl.constexpr(128)
 """Rows of a query tile and of a page: those of two groups."""
+HALF_TILE = gl.constexpr(64)
+"""Rows of a tile or a page that the backward pass fetches and multiplies at a time."""
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -98,6 +100,28 @@ def allowed_by_transposed(words, COLUMNS: gl.constexpr):
     bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, bits_layout_transposed(COLUMNS))))
     bits = gl.expand_dims(words, 1) & (1 << gl.expand_dims(gl.expand_dims(bit, 0), 2))
     return gl.convert_layout(gl.reshape(bits, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True) != 0
+
+
+@gluon.jit
+def store_rows(at, stride, rows, values, DIM: gl.constexpr, GROUP: gl.constexpr, ADD: gl.constexpr):
+    """Writes values [64, DIM] to rows GROUP * 64 .. of what begins at ``at`` and has ``rows`` rows, or adds them."""
+    ACC: gl.constexpr = product_layout(DIM)
+    row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ACC))
+    column = gl.arange(0, DIM, gl.SliceLayout(0, ACC))
+    there = at + row.to(gl.int64)[:, None] * stride + column[None, :]
+    exists = (row[:, None] < rows) & (column[None, :] < DIM)
+    if ADD:
+        values += gl.load(there, mask=exists, other=0.0)
+    gl.store(there, values.to(at.dtype.element_ty), mask=exists)
+
+
+@gluon.jit
+def put_rows(at, values, DIM: gl.constexpr, GROUP: gl.constexpr):
+    """Writes values [64, DIM] to rows GROUP * 64 .. of a slot."""
+    ACC: gl.constexpr = product_layout(DIM)
+    row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ACC))
+    column = gl.arange(0, DIM, gl.SliceLayout(0, ACC))
+    gl.store(at + row[:, None] * DIM + column[None, :], values)
 
 
 def rows_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
