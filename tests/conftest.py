@@ -1,12 +1,16 @@
-"""What all tests share: --full, the marks, hypothesis settings, and the pool of rank processes."""
+"""What all tests share: --full, --minutes, the marks, hypothesis settings, and the pool of rank processes."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 from rank_pool import RankPool
+
+STARTED = pytest.StashKey[float]()
+LEFT_OUT = pytest.StashKey[list[str]]()
 
 # Without a GPU the kernels in Triton run in its interpreter. Triton reads this as it is imported.
 if not torch.cuda.is_available():
@@ -19,10 +23,13 @@ settings.register_profile("full", deadline=None, derandomize=True, max_examples=
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="full products of cases too, and more examples")
+    parser.addoption("--minutes", type=float, help="start no test later than this; those left out are counted")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("full" if config.getoption("--full") else "quick")
+    config.stash[STARTED] = time.monotonic()
+    config.stash[LEFT_OUT] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,10 +38,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if full:
             config.hook.pytest_deselected(items=full)
             items[:] = [item for item in items if not item.get_closest_marker("full")]
+    # What needs one process comes first, and what starts processes by the command last, which is slowest by far.
+    items.sort(key=lambda item: (item.path.name == "test_launch.py", "ranks" in getattr(item, "fixturenames", ())))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - item.config.stash[STARTED] > 60 * minutes:
+        item.config.stash[LEFT_OUT].append(item.nodeid)
+        pytest.skip(f"not started: --minutes={minutes:g} are over")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left_out := config.stash[LEFT_OUT]:
+        terminalreporter.section(f"{len(left_out)} tests were NOT started, for want of time")
+        terminalreporter.write_line("\n".join(left_out))
 
 
 @pytest.fixture(scope="session")
