@@ -190,15 +190,19 @@ class Documents(IntervalPattern):
         bounds[-1] = bounds[-2]
         return bounds
 
+    def _counts(self, x: Ints) -> Ints | None:
+        """How many of many ascending positions each document has, and what follows the last; None if they are not."""
+        if x.ndim != 1 or x.size <= len(self.lengths) or (x[1:] < x[:-1]).any():
+            return None
+        # Fewer look-ups: find each document's end among the positions.
+        return np.diff(np.searchsorted(x, self._bounds[1:-1]), prepend=0, append=x.size)
+
     def _document(self, x: Ints) -> Ints:
         """The document of each position; `len(lengths)` after the last one."""
-        ends = self._bounds[1:-1]
-        if x.ndim == 1 and x.size > ends.size and (x[1:] >= x[:-1]).all():
-            # Fewer look-ups: find each document's end among the positions.
-            where = np.searchsorted(x, ends)
-            count = np.diff(where, prepend=0, append=x.size)
-            return np.repeat(np.arange(ends.size + 1, dtype=np.int64), count)
-        return np.searchsorted(ends, x, side="right")
+        count = self._counts(x)
+        if count is not None:
+            return np.repeat(np.arange(len(count), dtype=np.int64), count)
+        return np.searchsorted(self._bounds[1:-1], x, side="right")
 
     def allows(self, q: ArrayLike, k: ArrayLike) -> Bools:
         q, k = as_positions(q, k)
@@ -206,7 +210,11 @@ class Documents(IntervalPattern):
         return np.asarray((document == self._document(k)) & (document < len(self.lengths)))
 
     def row_interval(self, q: ArrayLike) -> tuple[Ints, Ints]:
-        document = self._document(np.asarray(q, np.int64))
+        q = np.asarray(q, np.int64)
+        count = self._counts(q)
+        if count is not None:
+            return np.repeat(self._bounds[:-1], count), np.repeat(self._bounds[1:], count)
+        document = self._document(q)
         return self._bounds[document], self._bounds[document + 1]
 
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:

@@ -38,6 +38,13 @@ class Spans(NamedTuple):
         return np.repeat(np.arange(self.rows, dtype=np.int64), np.diff(self.ptr))
 
 
+def renumber(x: Ints) -> tuple[Ints, Ints]:
+    """(the distinct values, ascending; the place of each entry among them): np.unique of small integers, unsorted."""
+    seen = np.zeros(int(x.max(initial=-1)) + 1, np.bool_)
+    seen[x] = True
+    return np.flatnonzero(seen), (np.cumsum(seen) - 1)[x]
+
+
 def concat_ranges(first: Ints, count: Ints) -> Ints:
     """The concatenation of `arange(first[i], first[i] + count[i])` over i; int64 [count.sum()]."""
     end = np.cumsum(count)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from distattn import spans as sp
 from distattn.axis import Axis
+from distattn.kernels.masks import Masks
 from distattn.kernels.table import TileTable
-from distattn.masks import make_masks, unique_masks
+from distattn.masks import make_masks
 from distattn.patterns import Pattern
 from distattn.spans import Ints, Spans
 
@@ -28,14 +29,14 @@ class Visits:
     """What the query tiles of one axis visit of another: FULL pages as intervals, PARTIAL pages with masks.
 
     full: Spans of pages by tile. row, page, mask: int64 [partial tiles], by row and page.
-    masks: uint32 [distinct, block_q, ceil(block_k / 32)].
+    masks: distinct ones, of block_q x block_k.
     """
 
     full: Spans
     row: Ints
     page: Ints
     mask: Ints
-    masks: NDArray[np.uint32]
+    masks: Masks
 
     def rows(self, tiles: Ints) -> Visits:
         """The visits of some query tiles, ascending, renumbered from 0."""
@@ -63,7 +64,7 @@ class Visits:
             rows = np.minimum(queries.block, queries.length - queries.first)
         else:
             rows = np.minimum(queries.block, len(queries.gathered) - queries.block * np.arange(queries.blocks))  # type: ignore[arg-type]
-        by_line = np.bitwise_count(self.masks).sum(axis=2, dtype=np.int64).cumsum(axis=1)
+        by_line = self.masks.allowed.cumsum(axis=1)
         partial = by_line[self.mask, rows[self.row] - 1] if len(self.row) else _NONE
         return full * rows * block_k + np.bincount(self.row, partial, self.full.rows).astype(np.int64)
 
@@ -94,21 +95,22 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
         _, label = np.unique(label, return_inverse=True)
         which = np.where(odd_row[row], row, -1) * (keys.blocks + 1) + np.where(odd_page[page], page, -1)
         _, which = np.unique(which, return_inverse=True)
-        label = label * (int(which.max(initial=0)) + 1) + which
+        _, label = np.unique(label * (int(which.max(initial=0)) + 1) + which, return_inverse=True)
     if whole.any():
         full = _add_pages(full, row[whole], page[whole])
         row, page, label = row[~whole], page[~whole], label[~whole]
-    _, sample, mask = np.unique(label, return_index=True, return_inverse=True)
-
-    masks, same, allowed = make_masks(pattern, queries, keys, row[sample], page[sample])
+    kinds, mask = sp.renumber(label)
+    sample = np.empty(len(kinds), np.int64)
+    sample[mask] = np.arange(len(mask))  # any tile of the kind
+    masks, same = make_masks(pattern, queries, keys, row[sample], page[sample])
     mask = same[mask]
+    allowed = masks.allowed.sum(axis=1)
     promoted = (allowed == queries.block * keys.block)[mask]
     if promoted.any() or not allowed.all():
         full = _add_pages(full, row[promoted], page[promoted])
         kept = (allowed[mask] > 0) & ~promoted
         row, page, mask = row[kept], page[kept], mask[kept]
-        used = np.unique(mask)
-        masks, mask = masks[used], np.searchsorted(used, mask)
+        masks, mask = masks.named(mask)
     return Visits(full, row, page, mask, masks)
 
 
@@ -211,7 +213,7 @@ def assemble(
     """One tile table of several: for each table, visits and where their pages lie in the arena."""
     runs: list[tuple[Ints, Ints, Ints]] = []
     partial: list[tuple[Ints, Ints, Ints]] = []
-    masks: list[NDArray[np.uint32]] = []
+    masks: list[Masks] = []
     offset: dict[int, int] = {}
     for index, table in enumerate(parts):
         for visits, extents in table:
@@ -224,9 +226,11 @@ def assemble(
     rows = len(parts) * tiles
     full_ptr, full_first, full_count = _by_row(runs, rows)
     part_ptr, part_page, part_mask = _by_row(partial, rows)
-    every = np.concatenate(masks) if len(masks) != 1 else masks[0]
-    if len(masks) != 1 or len(part_mask) != len(parts[0][0][0].mask):
-        every, part_mask = unique_masks(every, part_mask)
+    every = Masks.joined(masks)
+    if len(masks) != 1:
+        every, kind = every.distinct()
+        part_mask = kind[part_mask]
+    every, part_mask = every.named(part_mask)
     return TileTable(
         block_q=blocks[0],
         block_k=blocks[1],

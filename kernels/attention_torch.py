@@ -195,7 +195,7 @@ def _mask(scores: Tensor, table: TileTable, masks: NDArray[np.int64], group: int
     if n > 1 and (masks == masks[0]).all():
         masks = masks[:1]
     # Chosen before it is moved: the dictionary may be large.
-    forbidden = ~table.mask_bool[torch.from_numpy(masks)].to(scores.device)
+    forbidden = ~table.masks.allows[torch.from_numpy(masks)].to(scores.device)
     columns.masked_fill_(forbidden.transpose(1, 2).unsqueeze(2), -torch.inf)
 
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from distattn import spans as sp
+from distattn.kernels.masks import Masks
 from distattn.spans import Ints, Spans
 
 Int32 = NDArray[np.int32]
@@ -31,7 +31,7 @@ class TileTable:
     without a mask, and the PARTIAL pages
 
         for i in range(part_ptr[r], part_ptr[r + 1]):
-            page part_page[i], pair (a, b) allowed if bit b % 32 of masks[part_mask[i], a, b // 32] is set
+            page part_page[i], pair (a, b) allowed if masks.allows[part_mask[i], a, b]
 
     No page occurs twice in a row. A page that has fewer than ``block_k`` rows is always PARTIAL, and its mask
     clears the rows that do not exist.
@@ -47,7 +47,7 @@ class TileTable:
         full_first, full_count: int32 [runs].
         part_ptr: int32 [tables * tiles + 1].
         part_page, part_mask: int32 [partial tiles].
-        masks: uint32 [distinct masks, block_q, ceil(block_k / 32)], each mask stored once.
+        masks: of block_q x block_k, each stored once.
     """
 
     block_q: int
@@ -62,7 +62,7 @@ class TileTable:
     part_ptr: Int32
     part_page: Int32
     part_mask: Int32
-    masks: NDArray[np.uint32]
+    masks: Masks
 
     @property
     def tables(self) -> int:
@@ -108,12 +108,6 @@ class TileTable:
     def has_empty_rows(self) -> bool:
         """Whether some row visits nothing."""
         return not (self.full_pages + self.part_pages).all()
-
-    @cached_property
-    def mask_bool(self) -> torch.Tensor:
-        """bool [distinct masks, block_q, block_k] on the CPU: the masks unpacked."""
-        bits = np.unpackbits(self.masks.view(np.uint8), axis=-1, bitorder="little", count=self.block_k)
-        return torch.from_numpy(bits.view(np.bool_))
 
     @cached_property
     def visits_guests(self) -> NDArray[np.bool_]:

@@ -109,8 +109,7 @@ def _make(
         return torch.from_numpy(np.append(flat, np.zeros(more, np.int32))).to(device)
 
     other, mask = (there(x, 2) for x in partial)
-    a_mask = table.masks.shape[1] * table.masks.shape[2]
-    visits = Visits(there(rows.full_first), there(rows.full_count), other, mask, there(table.masks, a_mask))
+    visits = Visits(there(rows.full_first), there(rows.full_count), other, mask, _mask_words(table, device))
     return Work(
         visits,
         there(items),
@@ -121,6 +120,16 @@ def _make(
         there(split_ptr),
         int(np.diff(split_ptr).max(initial=0)),
     )
+
+
+def _mask_words(table: TileTable, device: torch.device) -> Tensor:
+    """int32, flat: the words of all masks and of an empty one, which both directions share."""
+    key = ("masks", device)
+    if key not in table.cache:
+        words = table.masks.words(device).flatten(1)
+        table.cache[key] = torch.cat((words, words.new_zeros(1, words.shape[1]))).flatten()
+    made: Tensor = table.cache[key]
+    return made
 
 
 def make_items(

@@ -38,8 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if full:
             config.hook.pytest_deselected(items=full)
             items[:] = [item for item in items if not item.get_closest_marker("full")]
-    # What needs one process comes first, and what starts processes by the command last, which is slowest by far.
-    items.sort(key=lambda item: (item.path.name == "test_launch.py", "ranks" in getattr(item, "fixturenames", ())))
+    # Where time is short (--minutes), what takes longest for what it tells comes last: Triton's interpreter, and whole
+    # commands, which import PyTorch again and again.
+    late = ["test_triton.py", "test_launch.py"]
+    items.sort(key=lambda item: late.index(item.path.name) if item.path.name in late else -1)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not torch.cuda.is_available():
         for item in gpu:

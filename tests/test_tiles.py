@@ -76,7 +76,7 @@ def unpack(table: TileTable) -> np.ndarray:
             out[row, :, first : first + count] = True
         for i in range(table.part_ptr[row], table.part_ptr[row + 1]):
             assert not out[row, :, table.part_page[i]].any(), "a page occurs twice"
-            out[row, :, table.part_page[i]] = table.mask_bool[table.part_mask[i]].numpy()
+            out[row, :, table.part_page[i]] = table.masks.allows[table.part_mask[i]].numpy()
     return out.reshape(table.tiles * table.block_q, -1)
 
 
@@ -87,7 +87,7 @@ def unpack_by_key(keys: KeyTable) -> np.ndarray:
         for i in range(keys.full_ptr[page], keys.full_ptr[page + 1]):
             out[keys.full_first[i] : keys.full_first[i] + keys.full_count[i], :, page] = True
         for i in range(keys.part_ptr[page], keys.part_ptr[page + 1]):
-            out[keys.part_tile[i], :, page] = table.mask_bool[keys.part_mask[i]].numpy()
+            out[keys.part_tile[i], :, page] = table.masks.allows[keys.part_mask[i]].numpy()
     return out.reshape(table.tiles * table.block_q, -1)
 
 
@@ -102,7 +102,7 @@ def test_a_table_is_its_pattern_both_ways(pattern: Pattern, blocks: tuple[int, i
     np.testing.assert_array_equal(found[:length, :length], expected)
     assert not found[:length, length:].any(), "rows beyond the sequence are visible"
     np.testing.assert_array_equal(unpack_by_key(table.by_key), found)
-    assert len({mask.tobytes() for mask in table.masks}) == len(table.masks)
+    assert len({mask.tobytes() for mask in table.masks.data}) == len(table.masks)
     np.testing.assert_array_equal(
         visits.pairs(queries, blocks[1]),
         [expected[i : i + blocks[0]].sum() for i in range(0, length, blocks[0])],
