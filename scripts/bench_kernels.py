@@ -361,6 +361,9 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, where git does not tell")
     parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
     arguments = parser.parse_args()
+    for option, path in (("--csv", arguments.csv), ("--plot", arguments.plot)):
+        if path and not path.parent.is_dir():
+            parser.error(f"argument {option}: {path.parent} is not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where, rows = here(arguments.commit), []
     for name in arguments.cases:

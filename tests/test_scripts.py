@@ -29,16 +29,17 @@ def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[st
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
 def fake_environment(checkout: Path, stamp: str) -> Path:
-    """A .venv whose python runs but has no pip, so that an installation into it fails at once."""
+    """A .venv whose python runs but has no pip, so that an installation with and into it fails at once."""
     (checkout / ".venv" / "bin").mkdir(parents=True)
     python = checkout / ".venv" / "bin" / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$*" in "-m pip"*) echo no pip here >&2; exit 1;; esac\nexec {sys.executable} "$@"\n'
+        '#!/bin/sh\ncase "$*" in "-m pip"* | "-m ensurepip"*) echo no pip here >&2; exit 1;; esac\n'
+        f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
     (checkout / ".venv" / "distattn-installed").write_text(stamp)
@@ -60,7 +61,7 @@ def test_changed_pins_are_installed_and_a_failure_is_remembered(checkout: Path) 
     python = fake_environment(checkout, stamp_of(checkout))
     with (checkout / "constraints.txt").open("a") as constraints:
         constraints.write("# changed\n")
-    done = set_up(checkout)
+    done = set_up(checkout, PYTHON=str(python))
     assert done.returncode == 1
     assert "no pip here" in done.stderr and "the installation failed" in done.stderr
     # The next one starts anew, for which it needs a Python.
@@ -82,7 +83,7 @@ def test_uv_looks_where_pip_was_told_to(checkout: Path) -> None:
     uv.write_text('#!/bin/sh\necho "$@"\n')
     uv.chmod(0o755)
     (checkout / ".venv" / "distattn-installed").write_text(f"{checkout} of before\n")
-    done = set_up(checkout)
+    done = set_up(checkout, PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     assert "--find-links /wheels --default-index https://mirror/simple -e .[plot,dev]" in done.stdout
     assert set_up(checkout).stdout == ""  # it is remembered
