@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
     """Let the C library's allocator keep what is freed for what is allocated next, instead of giving it back.
 
     Each layer frees what the next one allocates, and memory that comes back from the system is cleared page by page;
-    in virtual machines that lend free memory to others this is most of the time that a layer takes. Costs what lies
+    in virtual machines that lend free memory to others this can take longer than computing does. Costs what lies
     unused between allocations of different sizes. Does nothing where the C library is not glibc (mallopt(3)).
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):

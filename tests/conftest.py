@@ -11,6 +11,9 @@ from rank_pool import RankPool
 
 STARTED = pytest.StashKey[float]()
 LEFT_OUT = pytest.StashKey[list[str]]()
+# What takes longest for what it tells: Triton's interpreter, and whole commands, which import PyTorch again and again.
+# These come last, and only these may be left out where time is short (--minutes).
+LATE = ("test_triton.py", "test_launch.py")
 
 # Without a GPU the kernels in Triton run in its interpreter. Triton reads this as it is imported.
 if not torch.cuda.is_available():
@@ -23,7 +26,7 @@ settings.register_profile("full", deadline=None, derandomize=True, max_examples=
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="full products of cases too, and more examples")
-    parser.addoption("--minutes", type=float, help="start no test later than this; those left out are counted")
+    parser.addoption("--minutes", type=float, help="begin none of LATE after this long; those left out are named")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,10 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if full:
             config.hook.pytest_deselected(items=full)
             items[:] = [item for item in items if not item.get_closest_marker("full")]
-    # Where time is short (--minutes), what takes longest for what it tells comes last: Triton's interpreter, and whole
-    # commands, which import PyTorch again and again.
-    late = ["test_triton.py", "test_launch.py"]
-    items.sort(key=lambda item: late.index(item.path.name) if item.path.name in late else -1)
+    items.sort(key=lambda item: LATE.index(item.path.name) if item.path.name in LATE else -1)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not torch.cuda.is_available():
         for item in gpu:
@@ -51,7 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
-    if minutes is not None and time.monotonic() - item.config.stash[STARTED] > 60 * minutes:
+    if minutes is None or item.path.name not in LATE:
+        return
+    if time.monotonic() - item.config.stash[STARTED] > 60 * minutes:
         item.config.stash[LEFT_OUT].append(item.nodeid)
         pytest.skip(f"not started: --minutes={minutes:g} are over")
 
