@@ -28,11 +28,13 @@ from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import (
     GROUP_ROWS,
     TILE,
-    allowed_by,
     fetch_of_page,
     mask_words,
+    masked_by,
+    packed,
     product_layout,
     rows_descriptor,
+    unpacked,
 )
 from distattn.kernels.walk_triton import first_full, item_of_round, next_full, partial_range, slot_of
 from distattn.kernels.work import query_units, query_work
@@ -122,14 +124,21 @@ def _multiply_keys(query, keys, turns, visit, GROUP: gl.constexpr, COLUMNS: gl.c
 def _weights_of(scores, words, high, scale, MASKED: gl.constexpr, COLUMNS: gl.constexpr):
     """exp2(scale scores - new maximum), and the new maximum."""
     if MASKED:
-        scores = gl.where(allowed_by(words, COLUMNS), scores, float("-inf"))
+        scores = masked_by(words, scores, "0xff800000", COLUMNS)
     new_high = gl.maximum(high, gl.max(scores, 1) * scale)
     return gl.exp2(scores * scale - new_high[:, None]), new_high
 
 
 @gluon.jit
+def _sums(weights):
+    """[64, 4]: the sum of each row, left as the sums of the four threads that share it; added up once an item."""
+    by_thread = gl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(by_thread, 3), 1)
+
+
+@gluon.jit
 def _step(
-    query, keys, values, turns, weights, high, total, acc, visit, more, masks, mask, scale,
+    query, keys, values, turns, weights, high, total, acc, visit, masks, mask, scale,
     GROUP: gl.constexpr, MASKED: gl.constexpr, COLUMNS: gl.constexpr, V_DIM: gl.constexpr,
 ):  # fmt: skip
     """Adds a page: its scores, while the page before it is multiplied with its weights."""
@@ -138,9 +147,10 @@ def _step(
     ACC: gl.constexpr = product_layout(V_DIM)
     before = (visit - 1) % _STAGES
     stage = visit % _STAGES
+    operand = unpacked(weights, v_buffers.dtype, ACC)
     scores = _multiply_keys(query, keys, turns, visit, GROUP, COLUMNS)
     mbarrier.wait(v_full.index(before), ((visit - 1) // _STAGES) & 1)
-    acc = warpgroup_mma(weights, v_buffers.index(before), acc, is_async=True)
+    acc = warpgroup_mma(operand, v_buffers.index(before), acc, is_async=True)
     mbarrier.arrive(turns.index(1 - GROUP), count=1)
     words = 0
     if MASKED:  # loaded here, it delays no product
@@ -149,12 +159,11 @@ def _step(
     mbarrier.arrive(k_empty.index(stage), count=1)
     new_weights, new_high = _weights_of(scores, words, high, scale, MASKED, COLUMNS)
     fade = gl.exp2(high - new_high)
-    total = total * fade + gl.sum(new_weights, 1)
-    # Ends a basic block, so that the assembler does not move the wait for the product before the exponentials.
-    mbarrier.wait(k_full.index((visit + 1) % _STAGES), ((visit + 1) // _STAGES) & 1, pred=more)
+    sums = _sums(new_weights)
+    total = total * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
-    weights = gl.convert_layout(new_weights.to(weights.dtype), gl.DotOperandLayout(0, ACC, 2))
+    weights = packed(new_weights, v_buffers.dtype)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, ACC))[:, None]
     return weights, new_high, total, acc
 
@@ -175,7 +184,6 @@ def _multiply(
     V_DIM: gl.constexpr = v_buffers.shape[2]
     SCORES: gl.constexpr = product_layout(COLUMNS)
     ACC: gl.constexpr = product_layout(V_DIM)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     visit = 0
     turn = 0
@@ -201,11 +209,11 @@ def _multiply(
             mbarrier.arrive(k_empty.index(visit % _STAGES), count=1)
             if MASKS:
                 if begin < end:
-                    scores = gl.where(allowed_by(words, COLUMNS), scores, float("-inf"))
+                    scores = masked_by(words, scores, "0xff800000", COLUMNS)
             lowest = gl.full([GROUP_ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
             fresh, high = _weights_of(scores, 0, lowest, scale, False, COLUMNS)
-            total = gl.sum(fresh, 1)
-            weights = gl.convert_layout(fresh.to(dtype), WEIGHTS)
+            total = _sums(fresh)
+            weights = packed(fresh, dtype)
             acc = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, ACC)
             visit += 1
             full -= (begin >= end).to(gl.int32)
@@ -213,23 +221,23 @@ def _multiply(
                 for i in range(begin + 1, end):
                     this_mask = mask
                     mask = gl.load(part_mask + i + 1)
-                    more = (i + 1 < end) | (full > 0)
                     weights, high, total, acc = _step(
-                        query, keys, values, turns, weights, high, total, acc, visit, more, masks, this_mask, scale,
+                        query, keys, values, turns, weights, high, total, acc, visit, masks, this_mask, scale,
                         GROUP, True, COLUMNS, V_DIM,
                     )  # fmt: skip
                     visit += 1
-            for i in range(full):
+            for _ in range(full):
                 weights, high, total, acc = _step(
-                    query, keys, values, turns, weights, high, total, acc, visit, i + 1 < full, masks, 0, scale,
+                    query, keys, values, turns, weights, high, total, acc, visit, masks, 0, scale,
                     GROUP, False, COLUMNS, V_DIM,
                 )  # fmt: skip
                 visit += 1
             last = (visit - 1) % _STAGES
             mbarrier.wait(v_full.index(last), ((visit - 1) // _STAGES) & 1)
-            acc = warpgroup_mma(weights, v_buffers.index(last), acc, is_async=True)
-            row_lse = high + gl.log2(total)
-            factor = gl.where(total == 0.0, 0.0, 1.0 / total)
+            acc = warpgroup_mma(unpacked(weights, dtype, ACC), v_buffers.index(last), acc, is_async=True)
+            row_total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES))
+            row_lse = high + gl.log2(row_total)
+            factor = gl.where(row_total == 0.0, 0.0, 1.0 / row_total)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(last), count=1)
             row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, SCORES))

@@ -11,12 +11,14 @@ from distattn.kernels.walk_hopper import (
     GROUP_ROWS,
     HALF_TILE,
     TILE,
-    allowed_by_transposed,
     fetch_of_page,
     mask_words_transposed,
+    masked_by_transposed,
+    packed,
     product_layout,
     put_rows,
     store_rows,
+    unpacked,
 )
 from distattn.kernels.walk_triton import (
     find_item,
@@ -100,7 +102,8 @@ def _key_step(
     start, _ = gl.broadcast(gl.expand_dims(lse_buffers.index(stage).load(BY_COLUMN), 0), zero)
     scores = warpgroup_mma(key, q_buffers.index(stage).permute((1, 0)), start, is_async=True)
     # The first step adds zeros here.
-    dk = warpgroup_mma(d_scores, q_buffers.index(gl.maximum(step - 1, 0) % _STAGES), dk, is_async=True)
+    operand = unpacked(d_scores, key.dtype, ACC)
+    dk = warpgroup_mma(operand, q_buffers.index(gl.maximum(step - 1, 0) % _STAGES), dk, is_async=True)
     start, _ = gl.broadcast(gl.expand_dims(delta_buffers.index(stage).load(BY_COLUMN), 0), zero)
     products = warpgroup_mma(value, grad_buffers.index(stage).permute((1, 0)), start, is_async=True)
     words = 0
@@ -109,13 +112,13 @@ def _key_step(
     scores = warpgroup_mma_wait(2, deps=[scores])
     weights = gl.exp2(scores * scale)
     if MASKED:
-        weights = gl.where(allowed_by_transposed(words, HALF_TILE), weights, 0.0)
+        weights = masked_by_transposed(words, weights, "0", HALF_TILE)
     operand = gl.convert_layout(weights.to(key.dtype), WEIGHTS)
     dk = warpgroup_mma_wait(1, deps=[dk])
     mbarrier.arrive(empty.index((step + _STAGES - 1) % _STAGES), count=1, pred=step > 0)
     dv = warpgroup_mma(operand, grad_buffers.index(stage), dv, is_async=True)
     products = warpgroup_mma_wait(1, deps=[products])
-    d_scores = gl.convert_layout((weights * products).to(key.dtype), WEIGHTS)
+    d_scores = packed(weights * products, key.dtype)
     dv = warpgroup_mma_wait(0, deps=[dv])
     return dk, dv, d_scores
 
@@ -142,7 +145,8 @@ def _multiply_for_keys(
         value = v_buffers.index(GROUP)
         dk = gl.zeros([GROUP_ROWS, DIM], gl.float32, ACC)
         dv = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, V_ACC)
-        d_scores = gl.zeros([GROUP_ROWS, HALF_TILE], k_buffers.dtype, gl.DotOperandLayout(0, ACC, 2))
+        zero = gl.zeros([GROUP_ROWS, HALF_TILE], gl.float32, product_layout(HALF_TILE))
+        d_scores = packed(zero, k_buffers.dtype)
         mbarrier.wait(page_full.index(0), 0)
         step = 0
         for _ in range(gl.load(unit + 3)):
@@ -157,7 +161,8 @@ def _multiply_for_keys(
                     key, value, rows, dk, dv, d_scores, step, scale_log2, masks, 0, 0, GROUP, False, ACC
                 )
                 step += 1
-        dk = warpgroup_mma(d_scores, q_buffers.index((step - 1) % _STAGES), dk, is_async=True)
+        operand = unpacked(d_scores, k_buffers.dtype, ACC)
+        dk = warpgroup_mma(operand, q_buffers.index((step - 1) % _STAGES), dk, is_async=True)
         dk = warpgroup_mma_wait(0, deps=[dk]) * (scale_log2 * _LN_2)
         if slot < 0:
             length = page_length(page, own_pages, own_rows, 0, TILE)

@@ -14,12 +14,14 @@ from distattn.kernels.walk_hopper import (
     GROUP_ROWS,
     HALF_TILE,
     TILE,
-    allowed_by,
     fetch_of_page,
     mask_words,
+    masked_by,
+    packed,
     product_layout,
     put_rows,
     store_rows,
+    unpacked,
 )
 from distattn.kernels.walk_triton import first_full, item_of_round, next_full, partial_range, slot_of
 
@@ -99,7 +101,8 @@ def _query_step(
     start, _ = gl.broadcast(gl.expand_dims(start_lse, 1), zero)
     scores = warpgroup_mma(query, k_buffers.index(stage).permute((1, 0)), start, is_async=True)
     # A tile's first step adds zeros here.
-    dq = warpgroup_mma(d_scores, k_buffers.index(gl.where(fresh != 0, stage, before)), dq, is_async=True)
+    operand = unpacked(d_scores, query.dtype, ACC)
+    dq = warpgroup_mma(operand, k_buffers.index(gl.where(fresh != 0, stage, before)), dq, is_async=True)
     mbarrier.wait(v_full.index(stage), (step // _STAGES) & 1)
     start, _ = gl.broadcast(gl.expand_dims(start_delta, 1), zero)
     products = warpgroup_mma(grad, v_buffers.index(stage).permute((1, 0)), start, is_async=True)
@@ -109,12 +112,12 @@ def _query_step(
     scores = warpgroup_mma_wait(2, deps=[scores])
     weights = gl.exp2(scores * scale)
     if MASKED:
-        weights = gl.where(allowed_by(words, HALF_TILE), weights, 0.0)
+        weights = masked_by(words, weights, "0", HALF_TILE)
     dq = warpgroup_mma_wait(1, deps=[dq])
     mbarrier.arrive(k_empty.index(before), count=1, pred=fresh == 0)
     products = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(v_empty.index(stage), count=1)
-    d_scores = gl.convert_layout((weights * products).to(query.dtype), gl.DotOperandLayout(0, ACC, 2))
+    d_scores = packed(weights * products, query.dtype)
     return dq, d_scores
 
 
@@ -147,7 +150,8 @@ def _multiply_for_queries(
             lse = gl.load(start_lse + lines + row)
             delta = gl.load(start_delta + lines + row)
             dq = gl.zeros([GROUP_ROWS, DIM], gl.float32, ACC)
-            d_scores = gl.zeros([GROUP_ROWS, HALF_TILE], q_buffers.dtype, gl.DotOperandLayout(0, ACC, 2))
+            zero = gl.zeros([GROUP_ROWS, HALF_TILE], gl.float32, product_layout(HALF_TILE))
+            d_scores = packed(zero, q_buffers.dtype)
             mbarrier.wait(q_full.index(0), turn & 1)
             fresh = 1
             for i in range(2 * begin, 2 * end):
@@ -165,7 +169,8 @@ def _multiply_for_queries(
                 step += 1
                 fresh = 0
             last = (step - 1) % _STAGES
-            dq = warpgroup_mma(d_scores, k_buffers.index(last), dq, is_async=True)
+            operand = unpacked(d_scores, q_buffers.dtype, ACC)
+            dq = warpgroup_mma(operand, k_buffers.index(last), dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=[dq]) * (scale_log2 * _LN_2)
             mbarrier.arrive(k_empty.index(last), count=1)
             if slot >= 0:

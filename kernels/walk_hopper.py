@@ -78,11 +78,30 @@ def mask_words(masks, mask, row0, word0, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def allowed_by(words, COLUMNS: gl.constexpr):
-    """bool [64, COLUMNS] in the layout of a product, from :func:`mask_words`."""
-    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, bits_layout(COLUMNS))))
-    bits = gl.expand_dims(words, 2) & (1 << gl.expand_dims(gl.expand_dims(bit, 0), 1))
-    return gl.convert_layout(gl.reshape(bits, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True) != 0
+def masked_by(words, x, OTHERWISE: gl.constexpr, COLUMNS: gl.constexpr):
+    """x [64, COLUMNS], float32 in the layout of a product, or the bits OTHERWISE where :func:`mask_words` say no."""
+    LAYOUT: gl.constexpr = bits_layout(COLUMNS)
+    bit = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))), 0), 1)
+    there = gl.convert_layout(gl.reshape(x, [64, COLUMNS // 32, 32]), LAYOUT, assert_trivial=True)
+    # 6: what lanes tell of a bit's number, 25: what registers do, which is a constant in each.
+    chosen = _where_bits(gl.expand_dims(words, 2) >> (bit & 6), 1 << (bit & 25), there, OTHERWISE)
+    return gl.convert_layout(gl.reshape(chosen, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
+def _where_bits(words, bits, x, OTHERWISE: gl.constexpr):
+    """x where ``words & bits``, else the number with the bits OTHERWISE."""
+    words, bits = gl.broadcast(words, bits)
+    # Volatile, so that it stays behind the product that makes x. Otherwise the assembler computes all conditions ahead,
+    # and packs what its few predicates cannot hold into registers, bit by bit.
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.b32 $0, $1, " + OTHERWISE + ", p; }",
+        "=r,r,r,r",
+        [x, words, bits],
+        gl.float32,
+        False,
+        1,
+    )
 
 
 @gluon.jit
@@ -95,11 +114,41 @@ def mask_words_transposed(masks, mask, row0, word0, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def allowed_by_transposed(words, COLUMNS: gl.constexpr):
-    """bool [64 keys, COLUMNS rows] in the layout of a product, from :func:`mask_words_transposed`."""
-    bit = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, bits_layout_transposed(COLUMNS))))
-    bits = gl.expand_dims(words, 1) & (1 << gl.expand_dims(gl.expand_dims(bit, 0), 2))
-    return gl.convert_layout(gl.reshape(bits, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True) != 0
+def masked_by_transposed(words, x, OTHERWISE: gl.constexpr, COLUMNS: gl.constexpr):
+    """:func:`masked_by` for x [64 keys, COLUMNS rows] and :func:`mask_words_transposed`."""
+    LAYOUT: gl.constexpr = bits_layout_transposed(COLUMNS)
+    bit = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))), 0), 2)
+    there = gl.convert_layout(gl.reshape(x, [2, 32, COLUMNS]), LAYOUT, assert_trivial=True)
+    # 23: what lanes and warps tell of a bit's number.
+    chosen = _where_bits(gl.expand_dims(words, 1) >> (bit & 23), 1 << (bit & 8), there, OTHERWISE)
+    return gl.convert_layout(gl.reshape(chosen, [64, COLUMNS]), product_layout(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
+def packed(x, dtype: gl.constexpr):
+    """int32 [rows, columns / 2]: float32 x [rows, columns] as pairs of 16 bits, rounded to nearest.
+
+    For numbers that are carried from one step of a loop to the next: carried as 16 bits each, the assembler takes every
+    pair apart and puts it together again.
+    """
+    low, high = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        words = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], gl.int32, True, 1)
+    else:
+        words = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [low, high], gl.int32, True, 1)
+    return words
+
+
+@gluon.jit
+def unpacked(words, dtype: gl.constexpr, ACC: gl.constexpr):
+    """What :func:`packed` made, as the left operand of a product in the layout ACC."""
+    halves: gl.constexpr = "mov.b32 {$0, $1}, $2;"
+    if dtype == gl.bfloat16:
+        low, high = gl.inline_asm_elementwise(halves, "=h,=h,r", [words], (gl.bfloat16, gl.bfloat16), True, 1)
+    else:
+        low, high = gl.inline_asm_elementwise(halves, "=h,=h,r", [words], (gl.float16, gl.float16), True, 1)
+    pairs = gl.reshape(gl.join(low, high), [words.shape[0], words.shape[1] * 2])
+    return gl.convert_layout(pairs, gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
 
 
 @gluon.jit

@@ -30,6 +30,8 @@ CASES = {
     "rows that see nothing": case(Documents([400, 200]) & Causal() & ~SlidingWindow(130, 0), 600),
     "a table a head": case(PerHead([Causal(), WINDOW, Dense(), SlidingWindow(99, 99)]), 650),
     "one token": case(Causal(), 1),
+    "several items a program": case(WINDOW, 2500, heads=32, kv_heads=4),
+    "several items a program, no masks": case(Dense(), 1280, heads=32, kv_heads=8),
 }
 
 
