@@ -2,11 +2,12 @@
 """The tile kernels beside other attention kernels, forward and backward, on one GPU.
 
     python scripts/bench_kernels.py [--cases NAME ...] [--rounds 10] [--shrink 1] [--csv FILE] [--plot FILE.png]
-        [--commit NAME]
+        [--without KERNEL ...] [--commit NAME]
 
 Every round runs each kernel once, ours and the peers in turn, since a GPU that is limited by power changes its clock
 from one second to the next; a row has the median of the rounds. TFLOP/s count 4 heads head_dim pairs forward and 2.5
 times that backward, where the pairs are the attended ones for dense causal attention and else those of visited tiles.
+Times are the GPU's: it is kept busy until the host has launched what is measured, and "host_ms" is how long that took.
 Before anything is timed, sampled rows of each forward pass are checked against the float64 oracle. "MiB" is the memory
 that a pass allocates on a GPU at its peak beyond its inputs; our output is made before, that of peers in the pass.
 
@@ -40,6 +41,8 @@ BLOCK = 128
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SAMPLED = 8  # rows that are checked against the oracle
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+PEERS = ("SDPA, cuDNN", "SDPA, FA2", "SDPA", "FlexAttention", "FlashAttention-4")
+BUSY_CYCLES = 6_000_000  # of the GPU's clock, some 3 ms: longer than any of these kernels takes to launch
 
 
 class Case(NamedTuple):
@@ -114,8 +117,10 @@ def ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> tup
     return Runner("distattn", forward, backward), visited
 
 
-def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> list[Runner]:
-    """The other kernels that can compute this case here; tensors are [batch, tokens, heads, dim]."""
+def peers(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern, without: Sequence[str]
+) -> list[Runner]:
+    """The other kernels that can compute this case here, but those to do without; [batch, tokens, heads, dim]."""
     makers: dict[str, Callable[[], Callable[..., Tensor]]] = {}
     if q.device.type == "cuda":
         if case.dense:
@@ -127,6 +132,8 @@ def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pa
         makers["SDPA"] = lambda: sdpa("MATH")
     found = []
     for name, make in makers.items():
+        if name in without:
+            continue
         try:
             runner = with_gradients(name, make(), q, k, v, grad)
             runner.forward()
@@ -245,20 +252,27 @@ def peak_since(before: int, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else 0.0
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """How long it takes, and how long the host was busy with it."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(BUSY_CYCLES)
         start.record()
+        began = time.perf_counter()
         run()
+        host = time.perf_counter() - began
         stop.record()
         torch.cuda.synchronize()
-        return 1e-3 * start.elapsed_time(stop)
+        return 1e-3 * start.elapsed_time(stop), host
     began = time.perf_counter()
     run()
-    return time.perf_counter() - began
+    took = time.perf_counter() - began
+    return took, took
 
 
-def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[dict[str, object]]:
+def measure(
+    case: Case, shrink: int, rounds: int, without: Sequence[str], device: torch.device
+) -> list[dict[str, object]]:
     length = max(case.length // shrink, 2 * BLOCK)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device=device).manual_seed(0)
@@ -270,23 +284,25 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
     mine, pairs = ours(q, k, v, grad, pattern)
     if case.dense:
         pairs = length * (length + 1) // 2
-    runners = [mine, *peers(case, q, k, v, grad, pattern)]
+    runners = [mine, *peers(case, q, k, v, grad, pattern, without)]
     errors = {runner.name: error_of(runner.forward(), q, k, v, pattern) for runner in runners}
     if errors["distattn"] > TOLERANCE[dtype]:
         raise SystemExit(f"{case.name}: error {errors['distattn']:.1e}; expected at most {TOLERANCE[dtype]:g}")
     rows = []
     for way in ("forward", "backward"):
         times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+        launches: dict[str, list[float]] = {runner.name: [] for runner in runners}
         mebibytes: dict[str, float] = {}
         for number in range(rounds + 2):
             for runner in runners:
                 if number == 0:
                     runner.forward()
                 before = start_of_peak(device)
-                took = seconds(getattr(runner, way), device)
+                took, host = seconds(getattr(runner, way), device)
                 mebibytes[runner.name] = peak_since(before, device)
                 if number >= 2:  # the first two warm up
                     times[runner.name].append(took)
+                    launches[runner.name].append(host)
         flops = 4 * HEADS * DIM * pairs * (2.5 if way == "backward" else 1)
         for name, took in times.items():
             median = statistics.median(took)
@@ -298,6 +314,7 @@ def measure(case: Case, shrink: int, rounds: int, device: torch.device) -> list[
                     "kernel": name,
                     "ms": round(1e3 * median, 4),
                     "tflops": round(flops / median / 1e12, 2),
+                    "host_ms": round(1e3 * statistics.median(launches[name]), 3),
                     "ours_over_this": round(statistics.median(times["distattn"]) / median, 3),
                     "mib": round(mebibytes[name]),
                     "max_error": f"{errors[name]:.1e}",
@@ -357,6 +374,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES], metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--rounds", type=positive, default=10, help="timed rounds of each case (default 10)")
     parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
+    parser.add_argument("--without", nargs="+", choices=PEERS, default=[], metavar="KERNEL", help=", ".join(PEERS))
     parser.add_argument("--csv", type=Path, help="where to write the rows")
     parser.add_argument("--commit", help="what is measured, where git does not tell")
     parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
@@ -368,7 +386,7 @@ def main() -> None:
     where, rows = here(arguments.commit), []
     for name in arguments.cases:
         print(name, flush=True)
-        rows += measure(CASES[name], arguments.shrink, arguments.rounds, device)
+        rows += measure(CASES[name], arguments.shrink, arguments.rounds, arguments.without, device)
         torch.cuda.empty_cache()
         if arguments.csv:  # after every case, so that a later failure loses nothing
             with arguments.csv.open("w", newline="") as file:
