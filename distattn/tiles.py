@@ -104,11 +104,11 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
     sample[mask] = np.arange(len(mask))  # any tile of the kind
     masks, same = make_masks(pattern, queries, keys, row[sample], page[sample])
     mask = same[mask]
-    allowed = masks.allowed.sum(axis=1)
-    promoted = (allowed == queries.block * keys.block)[mask]
-    if promoted.any() or not allowed.all():
+    nothing, everything = masks.nothing(), masks.everything()
+    if nothing.any() or everything.any():
+        promoted = everything[mask]
         full = _add_pages(full, row[promoted], page[promoted])
-        kept = (allowed[mask] > 0) & ~promoted
+        kept = ~(nothing[mask] | promoted)
         row, page, mask = row[kept], page[kept], mask[kept]
         masks, mask = masks.named(mask)
     return Visits(full, row, page, mask, masks)

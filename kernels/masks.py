@@ -55,6 +55,20 @@ class Masks:
             counts = np.bitwise_count(self.data).sum(axis=2, dtype=np.int64)
         return counts
 
+    def nothing(self) -> NDArray[np.bool_]:
+        """bool [n]: whether a mask allows no column of any row."""
+        if self.are_intervals:
+            return self.data[:, 1].max(axis=1, initial=0) == 0
+        return ~self.data.any(axis=(1, 2))
+
+    def everything(self) -> NDArray[np.bool_]:
+        """bool [n]: whether a mask allows all columns of all rows."""
+        if self.are_intervals:
+            starts, stops = self.data[:, 0], self.data[:, 1]
+            return (starts.max(axis=1, initial=0) == 0) & (stops.min(axis=1, initial=self.columns) == self.columns)
+        every: NDArray[np.bool_] = self.allowed.min(axis=1, initial=self.columns) == self.columns
+        return every
+
     @cached_property
     def allows(self) -> Tensor:
         """bool [n, rows, columns] on the CPU."""

@@ -12,6 +12,7 @@ def pair_of(columns: int) -> tuple[Masks, Masks]:
     ends = np.sort(np.random.default_rng(columns).integers(0, columns + 1, (6, 2, 7)), axis=1).astype(np.int16)
     ends[:, :, 3] = 0
     ends[0] = [[0], [columns]]
+    ends[1] = 0
     intervals = Masks(columns, np.concatenate((ends * (ends[:, :1] < ends[:, 1:]), ends[:1], ends[2:4])))
     return intervals, Masks(columns, intervals.words(torch.device("cpu")).numpy().view(np.uint32))
 
@@ -26,6 +27,9 @@ def test_intervals_and_bits_are_the_same_masks(columns: int) -> None:
             expected = (at >= int(start[row])) & (at < int(stop[row]))
             assert torch.equal(intervals.allows[n, row], expected) and torch.equal(bits.allows[n, row], expected)
             assert intervals.allowed[n, row] == bits.allowed[n, row] == expected.sum()
+    for masks in (intervals, bits):
+        assert masks.nothing().tolist() == [not x.any() for x in masks.allows]
+        assert masks.everything().tolist() == [bool(x.all()) for x in masks.allows]
     both = Masks.joined([intervals, bits])
     assert not both.are_intervals and torch.equal(both.allows, torch.cat((intervals.allows, bits.allows)))
 
