@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distattn.spans import Ints, renumber
+from distattn.spans import Bools, Ints, renumber
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +55,24 @@ class Masks:
             counts = np.bitwise_count(self.data).sum(axis=2, dtype=np.int64)
         return counts
 
-    def nothing(self) -> NDArray[np.bool_]:
+    def nothing(self) -> Bools:
         """bool [n]: whether a mask allows no column of any row."""
+        found: Bools
         if self.are_intervals:
-            return self.data[:, 1].max(axis=1, initial=0) == 0
-        return ~self.data.any(axis=(1, 2))
+            found = self.data[:, 1].max(axis=1, initial=0) == 0
+        else:
+            found = self.allowed.max(axis=1, initial=0) == 0
+        return found
 
-    def everything(self) -> NDArray[np.bool_]:
+    def everything(self) -> Bools:
         """bool [n]: whether a mask allows all columns of all rows."""
+        found: Bools
         if self.are_intervals:
             starts, stops = self.data[:, 0], self.data[:, 1]
-            return (starts.max(axis=1, initial=0) == 0) & (stops.min(axis=1, initial=self.columns) == self.columns)
-        every: NDArray[np.bool_] = self.allowed.min(axis=1, initial=self.columns) == self.columns
-        return every
+            found = (starts.max(axis=1, initial=0) == 0) & (stops.min(axis=1, initial=self.columns) == self.columns)
+        else:
+            found = self.allowed.min(axis=1, initial=self.columns) == self.columns
+        return found
 
     @cached_property
     def allows(self) -> Tensor:
