@@ -99,6 +99,10 @@ class Pattern(ABC):
         """
         return None
 
+    def row_breaks(self, length: int) -> Ints | None:
+        """The ascending positions < length at which `row_interval` may change, where these are few, else None."""
+        return None
+
     def key_columns(self, length: int) -> Ints | None:
         """The ascending key positions < length that all queries attend, if that is all the pattern says."""
         return None
@@ -201,6 +205,9 @@ class Dense(IntervalPattern):
         q = np.asarray(q, np.int64)
         return np.zeros_like(q), np.full_like(q, UNBOUNDED)
 
+    def row_breaks(self, length: int) -> Ints:
+        return np.zeros(0, np.int64)
+
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
         return np.ones(q0.shape, np.int64)
 
@@ -234,6 +241,10 @@ class And(Pattern):
         if a is None or b is None:
             return None
         return np.maximum(a[0], b[0]), np.minimum(a[1], b[1])
+
+    def row_breaks(self, length: int) -> Ints | None:
+        a, b = self.left.row_breaks(length), self.right.row_breaks(length)
+        return None if a is None or b is None else np.union1d(a, b)
 
     @property
     def heads(self) -> int | None:

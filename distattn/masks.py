@@ -14,8 +14,6 @@ from distattn.spans import Ints, concat_ranges, renumber
 _PAIRS_AT_ONCE = 1 << 20
 # Masks of intervals are made this many at a time, which stays in the cache.
 _MASKS_AT_ONCE = 256
-# Rows that share their keys are handled together where there are this many to a run.
-_FEW_RUNS = 8
 
 Int32s = NDArray[np.int32]
 
@@ -53,43 +51,47 @@ def _row_intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page:
         return None
     # Many masks share a query tile: its rows are looked up once.
     tiles, tile = renumber(row)
-    ends = pattern.row_interval((queries.first[tiles][:, None] + np.arange(queries.block)).ravel())
-    if ends is None:
-        return None
-    low, high = (np.minimum(x, queries.length).astype(np.int32) for x in ends)
+    first = queries.first[tiles]
     k0 = keys.first[page].astype(np.int32)
     width = np.minimum(keys.block, keys.length - k0).astype(np.int32)
-    changes = np.ones(len(low), np.bool_)
-    np.not_equal(low[1:], low[:-1], out=changes[1:])
-    changes[1:] |= high[1:] != high[:-1]
-    changes[:: queries.block] = True
-    runs = np.flatnonzero(changes)
-    if len(runs) * _FEW_RUNS < len(low):
-        return _repeated(low[runs], high[runs], runs, len(tiles), tile, k0, width, queries.block)
-    low, high = (x.reshape(len(tiles), queries.block) for x in (low, high))
     out = np.empty((len(row), 2, queries.block), np.int16)
+
+    breaks = pattern.row_breaks(queries.length)
+    if breaks is not None:  # rows between them attend to the same keys, and are handled together
+        begin, count = np.searchsorted(breaks, first, side="right"), np.searchsorted(breaks, first + queries.block)
+        count -= begin
+        ptr = np.concatenate(([0], np.cumsum(count + 1)))  # the runs of each tile
+        at = np.empty(ptr[-1], np.int64)  # where they begin
+        begins_tile = np.zeros(len(at), np.bool_)
+        begins_tile[ptr[:-1]] = True
+        at[begins_tile], at[~begins_tile] = first, breaks[concat_ranges(begin, count)]
+        length = np.diff(at, append=0)
+        length[ptr[1:] - 1] = first + queries.block - at[ptr[1:] - 1]
+        ends = _ends(pattern, at, queries.length)
+        if ends is None:
+            return None
+        run, mask = concat_ranges(ptr[tile], count[tile] + 1), np.repeat(np.arange(len(tile)), count[tile] + 1)
+        for number, end in enumerate(_columns(ends[0][run], ends[1][run], k0[mask], width[mask])):
+            out[:, number] = np.repeat(end.astype(np.int16), length[run]).reshape(-1, queries.block)
+        return out
+
+    ends = _ends(pattern, (first[:, None] + np.arange(queries.block)).ravel(), queries.length)
+    if ends is None:
+        return None
+    low, high = (end.reshape(len(tiles), queries.block) for end in ends)
     for i in range(0, len(row), _MASKS_AT_ONCE):
         some = slice(i, i + _MASKS_AT_ONCE)
-        start, stop = _columns(low[tile[some]], high[tile[some]], k0[some, None], width[some, None])
-        out[some, 0], out[some, 1] = start, stop
+        out[some, 0], out[some, 1] = _columns(low[tile[some]], high[tile[some]], k0[some, None], width[some, None])
     return out
 
 
-def _repeated(
-    low: Int32s, high: Int32s, runs: Ints, tiles: int, tile: Ints, k0: Int32s, width: Int32s, block: int
-) -> NDArray[np.int16]:
-    """As :func:`_row_intervals`, from runs of rows that attend to the same keys, of which tiles have few (documents).
-
-    low, high, runs: by run: the keys, and the first row. tile, k0, width: by mask.
-    """
-    first = np.searchsorted(runs, np.arange(tiles + 1) * block)  # run of each tile
-    count = np.diff(first)[tile]
-    mask, run = np.repeat(np.arange(len(tile)), count), concat_ranges(first[tile], count)
-    rows = np.diff(runs, append=tiles * block)[run]
-    out = np.empty((len(tile), 2, block), np.int16)
-    for number, end in enumerate(_columns(low[run], high[run], k0[mask], width[mask])):
-        out[:, number] = np.repeat(end.astype(np.int16), rows).reshape(-1, block)
-    return out
+def _ends(pattern: Pattern, q: Ints, length: int) -> tuple[Int32s, Int32s] | None:
+    """Which keys below ``length`` each query position attends to, if that is one interval."""
+    ends = pattern.row_interval(q)
+    if ends is None:
+        return None
+    low, high = (np.minimum(end, length).astype(np.int32) for end in ends)
+    return low, high
 
 
 def _columns(low: Int32s, high: Int32s, k0: Int32s, width: Int32s) -> tuple[Int32s, Int32s]:

@@ -146,6 +146,10 @@ class Chunked(IntervalPattern):
         chunk = np.asarray(q, np.int64) // self.size
         return np.maximum(chunk - self.before, 0) * self.size, (chunk + self.after + 1) * self.size
 
+    def row_breaks(self, length: int) -> Ints | None:
+        # With shorter chunks, nothing is gained over looking at every row.
+        return np.arange(self.size, length, self.size) if self.size >= 8 else None
+
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
         size = self.size
         first = q0 // size
@@ -204,6 +208,14 @@ class Documents(IntervalPattern):
             return np.repeat(np.arange(len(count), dtype=np.int64), count)
         return np.searchsorted(self._bounds[1:-1], x, side="right")
 
+    def _document_of_pages(self, x: Ints, block: int) -> Ints:
+        """:meth:`_document` of many positions that are few multiples of ``block``."""
+        page = x // block
+        pages = int(page.max(initial=-1)) + 1
+        if pages > x.size or (page * block != x).any():
+            return self._document(x)
+        return self._document(np.arange(pages) * block)[page]
+
     def allows(self, q: ArrayLike, k: ArrayLike) -> Bools:
         q, k = as_positions(q, k)
         document = self._document(q)
@@ -217,9 +229,13 @@ class Documents(IntervalPattern):
         document = self._document(q)
         return self._bounds[document], self._bounds[document + 1]
 
+    def row_breaks(self, length: int) -> Ints:
+        ends = self._bounds[1:-1]
+        return ends[: np.searchsorted(ends, length)]
+
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
         bounds = self._bounds
-        first = np.maximum(self._document(q0), self._document(k0))
+        first = np.maximum(self._document(q0), self._document_of_pages(k0, block_k))
         # Rows r0:r1 and columns c0:c1 are the first document that the tile's rows and columns share.
         start, stop = bounds[first], bounds[first + 1]
         r0, c0 = np.maximum(start - q0, 0), np.maximum(start - k0, 0)

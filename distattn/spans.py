@@ -45,6 +45,19 @@ def renumber(x: Ints) -> tuple[Ints, Ints]:
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[x]
 
 
+def ranks(x: Ints) -> Ints:
+    """The place of each entry, which is >= 0, among the distinct values: np.unique's inverse, several times faster."""
+    bits = x.size.bit_length()
+    if int(x.max(initial=0)) >> (63 - bits):
+        return np.unique(x, return_inverse=True)[1].reshape(-1)
+    # One sort of numbers that hold the value and, below it, the place; sorting places by values takes far longer.
+    ordered = np.sort((x << bits) | np.arange(x.size))
+    value, place = ordered >> bits, ordered & ((1 << bits) - 1)
+    out = np.zeros(x.size, np.int64)
+    out[place[1:]] = np.cumsum(value[1:] != value[:-1])
+    return out
+
+
 def concat_ranges(first: Ints, count: Ints) -> Ints:
     """The concatenation of `arange(first[i], first[i] + count[i])` over i; int64 [count.sum()]."""
     end = np.cumsum(count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distattn.spans import Bools, Ints
+from distattn.spans import Bools, Ints, ranks
 
 
 def dense_ids(codes: Ints) -> Ints:
@@ -24,7 +24,7 @@ def dense_ids(codes: Ints) -> Ints:
         return (np.cumsum(seen, dtype=np.int64) - 1)[codes]
     partial = codes >= 2
     ids = codes.copy()
-    ids[partial] = np.unique(codes[partial], return_inverse=True)[1].reshape(-1) + 2
+    ids[partial] = ranks(codes[partial]) + 2
     return ids
 
 

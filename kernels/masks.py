@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distattn.spans import Bools, Ints, renumber
+from distattn.spans import Bools, Ints, ranks, renumber
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +123,9 @@ def _distinct(rows: NDArray[np.integer]) -> tuple[Ints, Ints]:
     wide = rows.view(np.uint64) if rows.shape[1] * rows.itemsize % 8 == 0 else rows.astype(np.uint64)
     # A hash finds the candidates; only true equality merges them.
     weights = np.random.default_rng(0).integers(1, 1 << 63, wide.shape[1], dtype=np.uint64) | np.uint64(1)
-    code = np.einsum("nw,w->n", wide, weights)
-    _, first, kind = np.unique(code, return_index=True, return_inverse=True)
+    kind = ranks((np.einsum("nw,w->n", wide, weights) >> np.uint64(24)).astype(np.int64))
+    first = np.empty(int(kind.max(initial=-1)) + 1, np.int64)
+    first[kind[::-1]] = np.arange(len(rows))[::-1]  # of several, the last one written stays
     target = np.arange(len(rows))
     others = np.flatnonzero(first[kind] != target)
     twins = others[(wide[others] == wide[first[kind[others]]]).all(axis=1)]

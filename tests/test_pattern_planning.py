@@ -183,6 +183,22 @@ def test_row_interval(pattern: Pattern, length: int) -> None:
         np.testing.assert_array_equal(within, pattern.allows(q[:, None], keys))
 
 
+@settings(deadline=None, max_examples=60)
+@given(trees, st.integers(1, 48))
+def test_row_breaks(pattern: Pattern, length: int) -> None:
+    interval, breaks = pattern.row_interval(np.arange(length)), pattern.row_breaks(length)
+    if breaks is not None:
+        assert interval is not None and (np.diff(breaks) >= 0).all() and (breaks < length).all()
+        changes = {int(row) for end in interval for row in np.flatnonzero(np.diff(end)) + 1}
+        assert changes <= set(breaks.tolist())
+
+
+def test_documents_and_wide_chunks_have_breaks() -> None:
+    assert Documents([3, 0, 4, 9]).row_breaks(10).tolist() == [3, 3, 7]
+    assert (Documents([3, 30]) & Chunked(12)).row_breaks(30).tolist() == [3, 12, 24]  # type: ignore[union-attr]
+    assert (Causal() & Documents([3])).row_breaks(9) is None and Chunked(2).row_breaks(9) is None
+
+
 def test_and_of_intervals_is_an_interval() -> None:
     pattern = Causal() & Documents([3, 4]) & SlidingWindow(1, 0)
     interval = pattern.row_interval(np.arange(9))

@@ -111,3 +111,10 @@ def test_small_constructors() -> None:
 def test_single(masks: list[list[int]], wanted: tuple[list[int], list[int]] | None) -> None:
     got = sp.single(from_masks(np.array(masks, np.bool_)))
     assert (got and tuple(x.tolist() for x in got)) == wanted
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 9) | st.integers(0, 1 << 40) | st.integers(0, (1 << 63) - 1), max_size=30))
+def test_ranks_are_those_of_unique(values: list[int]) -> None:
+    x = np.array(values, np.int64)
+    np.testing.assert_array_equal(sp.ranks(x), np.unique(x, return_inverse=True)[1])
