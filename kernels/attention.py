@@ -4,14 +4,15 @@ This is the only way to the tile kernels. There are three kinds, and :func:`choo
 Hopper GPUs (attention_hopper.py, attention_hopper_backward.py), for any GPU in Triton (attention_triton.py,
 attention_triton_backward.py), and in PyTorch operations (attention_torch.py).
 
-For a query row i and the set P(i) of keys that the table allows,
+For a query row i and the set P(i) of keys that the table allows, with b_j the bias of a key, or 0,
 
-    lse_i = log sum_{j in P(i)} exp(scale q_i.k_j)            out_i = sum_{j in P(i)} exp(scale q_i.k_j - lse_i) v_j
+    s_ij = scale q_i.k_j + b_j    lse_i = log sum_{j in P(i)} exp(s_ij)    out_i = sum_{j in P(i)} exp(s_ij - lse_i) v_j
 
 and, with g = d loss / d out and h = d loss / d lse,
 
-    p_ij = exp(scale q_i.k_j - lse_i)      delta_i = g_i.out_i - h_i      ds_ij = p_ij (g_i.v_j - delta_i)
+    p_ij = exp(s_ij - lse_i)      delta_i = g_i.out_i - h_i      ds_ij = p_ij (g_i.v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j           dk_j = scale sum_i ds_ij q_i   dv_j = sum_i p_ij g_i
+    db_j = sum_i ds_ij
 
 (Dao, "FlashAttention-2", 2023, sections 2 and 3; the term h_i follows from d lse_i / d s_ij = p_ij.)
 A row that may attend to nothing has out 0, lse -inf, and zero gradients.
@@ -38,6 +39,16 @@ class Pages(NamedTuple):
     v: Tensor
 
 
+class Biases(NamedTuple):
+    """Numbers that are added to a key's scores, of every query: log n for a summary of n tokens.
+
+    own, guests: [batch, rows, kv_heads] in the accumulator's dtype, rows as in the ``Pages`` of the same name.
+    """
+
+    own: Tensor
+    guests: Tensor
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over keys are kept: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -53,6 +64,7 @@ def attention_forward(
     *,
     scale: float,
     resume: bool = False,
+    bias: Biases | None = None,
 ) -> None:
     """Writes ``out`` and ``lse`` of the query tiles that visit something; the others are left alone.
 
@@ -66,8 +78,9 @@ def attention_forward(
         lse: [batch, tokens, heads] in the accumulator's dtype, natural logarithm, written. With ``resume`` also read.
         scale: factor of the scores.
         resume: continue from the (out, lse) of pages visited before, and write those of both together.
+        bias: what is added to the scores of each key; nothing if None.
     """
-    kernel = choose(q, own, guests, table, out, scale).kernel
+    kernel = choose(q, own, guests, table, out, scale, bias).kernel
     if kernel == "hopper":
         from distattn.kernels import attention_hopper
 
@@ -76,9 +89,9 @@ def attention_forward(
         from distattn.kernels import attention_triton
 
         q, own, guests = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
-        attention_triton.forward(q, own, guests, table, out, lse, scale, resume)
+        attention_triton.forward(q, own, guests, table, out, lse, scale, resume, bias)
     else:
-        attention_torch.forward(q, own, guests, table, out, lse, scale, resume)
+        attention_torch.forward(q, own, guests, table, out, lse, scale, resume, bias)
 
 
 def attention_backward(
@@ -94,8 +107,10 @@ def attention_backward(
     d_guests: Pages,
     *,
     scale: float,
+    bias: Biases | None = None,
+    d_bias: Biases | None = None,
 ) -> None:
-    """Adds the gradients of what the table visits to ``dq``, ``d_own`` and ``d_guests``.
+    """Adds the gradients of what the table visits to ``dq``, ``d_own``, ``d_guests`` and ``d_bias``.
 
     These have the accumulator's dtype (see :func:`accumulator_dtype`), or else 16 bits: then they begin as zeros, and
     of all calls only one visits a row, so that nothing is rounded twice and a kernel may write instead of adding.
@@ -106,11 +121,13 @@ def attention_backward(
         delta: [batch, tokens, heads], see :func:`row_deltas`.
         dq: [batch, tokens, heads, head_dim].
         d_own, d_guests: of the shapes of ``own`` and ``guests``, contiguous, all of one dtype.
+        d_bias: of the shapes of ``bias``, in the accumulator's dtype; None just where ``bias`` is.
         Others as in :func:`attention_forward`.
     """
     if not (len(table.part_page) or len(table.full_first)):
         return
-    kernel = choose(q, own, guests, table, grad_out, scale).kernel
+    assert (bias is None) == (d_bias is None)
+    kernel = choose(q, own, guests, table, grad_out, scale, bias).kernel
     # Only the kernels for Hopper write, and dK and dV only if no key/value head is read through two tables.
     share = q.shape[2] // own.k.shape[2]
     alike = all(len({*table.head_table[h : h + share]}) == 1 for h in range(0, q.shape[2], share))
@@ -127,9 +144,10 @@ def attention_backward(
 
         rows = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
         dense_grad = _with_dense_rows(grad_out)
-        portable.backward(*rows, table, dense_grad, lse, delta, sum_q, sum_own, sum_guests, scale)
+        portable.backward(*rows, table, dense_grad, lse, delta, sum_q, sum_own, sum_guests, scale, bias, d_bias)
     else:
-        attention_torch.backward(q, own, guests, table, grad_out, lse, delta, sum_q, sum_own, sum_guests, scale)
+        grads = sum_q, sum_own, sum_guests
+        attention_torch.backward(q, own, guests, table, grad_out, lse, delta, *grads, scale, bias, d_bias)
     for mine, summed in zip((dq, *d_own, *d_guests), (sum_q, *sum_own, *sum_guests), strict=True):
         if mine is not summed:
             mine.add_(summed)
@@ -147,13 +165,17 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float) -> Choice:
+def choose(
+    q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float, bias: Biases | None = None
+) -> Choice:
     """Which kernels run on these tensors; ``rows`` is the output, or its gradient."""
     choice = choose_by_shape(q.device, q.dtype, table.block_q, table.block_k, q.shape[3], own.v.shape[3])
     if choice.kernel != "hopper":
         return choice
     if scale <= 0:
         return Choice("triton", f"scale is {scale}, not positive")
+    if bias is not None:
+        return Choice("triton", "keys have a bias")
     from distattn.kernels.walk_hopper import fetchable
 
     fetched = [q, *own, *(guests if guests.k.shape[1] else ()), *([] if rows.dtype == torch.float32 else [rows])]

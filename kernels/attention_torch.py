@@ -22,7 +22,7 @@ from torch import Tensor
 from distattn.kernels.table import TileTable
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Pages
+    from distattn.kernels.attention import Biases, Pages
 
 PAGES_AT_ONCE = 16
 SCRATCH_BYTES = 4 << 20
@@ -39,6 +39,7 @@ def forward(
     lse: Tensor,
     scale: float,
     resume: bool,
+    bias: Biases | None,
 ) -> None:
     dtype = lse.dtype
     for b, kv_head, heads, row0 in _head_groups(q, own, table):
@@ -47,6 +48,7 @@ def forward(
         lse_tiles = _Blocks(lse[b][:, heads], table.block_q)
         pages_k = _Blocks(own.k[b, :, kv_head], table.block_k, guests.k[b, :, kv_head])
         pages_v = _Blocks(own.v[b, :, kv_head], table.block_k, guests.v[b, :, kv_head])
+        biases = _blocks_of_biases(bias, b, kv_head, table.block_k)
         group = q_tiles.shape[1]
         for batch in _batches(table, row0, group, dtype.itemsize):
             at = _index(batch, q)
@@ -66,6 +68,8 @@ def forward(
                 k = pages_k.gather(page_index).to(dtype).view(len(some), -1, q.shape[-1])
                 v = pages_v.gather(page_index).to(dtype).view(len(some), -1, acc.shape[-1])
                 scores = torch.bmm(rows[here], k.mT)
+                if biases:
+                    scores += biases.gather(page_index).view(len(some), 1, -1)
                 _mask(scores, table, masks, group)
                 new_high = torch.maximum(high[here], scores.amax(-1, keepdim=True))
                 weights = scores.sub_(new_high).exp_()
@@ -92,6 +96,8 @@ def backward(
     d_own: Pages,
     d_guests: Pages,
     scale: float,
+    bias: Biases | None,
+    d_bias: Biases | None,
 ) -> None:
     dtype = dq.dtype
     for b, kv_head, heads, row0 in _head_groups(q, own, table):
@@ -102,8 +108,10 @@ def backward(
         dq_tiles = _Blocks(dq[b][:, heads], table.block_q)
         pages_k = _Blocks(own.k[b, :, kv_head], table.block_k, guests.k[b, :, kv_head])
         pages_v = _Blocks(own.v[b, :, kv_head], table.block_k, guests.v[b, :, kv_head])
+        biases = _blocks_of_biases(bias, b, kv_head, table.block_k)
         dk_pages = _Blocks(d_own.k[b, :, kv_head], table.block_k, d_guests.k[b, :, kv_head])
         dv_pages = _Blocks(d_own.v[b, :, kv_head], table.block_k, d_guests.v[b, :, kv_head])
+        d_biases = _blocks_of_biases(d_bias, b, kv_head, table.block_k)
         group = q_tiles.shape[1]
         for batch in _batches(table, row0, group, dtype.itemsize):
             at = _index(batch, q)
@@ -120,6 +128,8 @@ def backward(
                 k = pages_k.gather(page_index).to(dtype).view(len(some), -1, q.shape[-1])
                 v = pages_v.gather(page_index).to(dtype).view(len(some), -1, grads.shape[-1])
                 weights = torch.bmm(rows[here], k.mT)
+                if biases:
+                    weights += biases.gather(page_index).view(len(some), 1, -1)
                 _mask(weights, table, masks, group)
                 weights.sub_(row_lse[here]).exp_()
                 dv_pages.add(
@@ -129,11 +139,19 @@ def backward(
                 dk_pages.add(
                     page_index, torch.bmm(d_scores.mT, rows[here]).unflatten(1, (-1, table.block_k)).flatten(0, 1)
                 )
+                if d_biases:
+                    d_biases.add(page_index, d_scores.sum(1).view(-1, table.block_k))
                 d_rows[here] = torch.baddbmm(d_rows[here], d_scores, k)
             dq_tiles.add(at, d_rows.mul_(scale).view(len(batch), table.block_q, group, -1))
         dq_tiles.finish()
         dk_pages.finish()
         dv_pages.finish()
+        if d_biases:
+            d_biases.finish()
+
+
+def _blocks_of_biases(bias: Biases | None, b: int, kv_head: int, block: int) -> _Blocks | None:
+    return None if bias is None else _Blocks(bias.own[b, :, kv_head], block, bias.guests[b, :, kv_head])
 
 
 def _head_groups(q: Tensor, own: Pages, table: TileTable) -> Iterator[tuple[int, int, slice, int]]:

@@ -19,6 +19,7 @@ from distattn.kernels.walk_triton import (
     UNIT_SIZE,
     find_item,
     first_full,
+    key_biases,
     mask_bits,
     next_full,
     page_length,
@@ -30,7 +31,7 @@ from distattn.kernels.walk_triton import (
 from distattn.kernels.work import Work, query_units, query_work
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Pages
+    from distattn.kernels.attention import Biases, Pages
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -52,15 +53,15 @@ def _softmax_step(scores, v_at, v_mask, high, total, acc, MASKED: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
 def _forward(
-    q, out, lse, k, v, guest_k, guest_v, slot_out, slot_lse,
+    q, out, lse, k, v, guest_k, guest_v, bias, guest_bias, slot_out, slot_lse,
     items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_rows, own_pages, tiles, most, scale,
     q_n, q_h, out_n, out_h, lse_n, lse_h, k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
+    bias_n, bias_h, guest_bias_n, guest_bias_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
     V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, RESUME: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
     if not exists:
@@ -82,6 +83,8 @@ def _forward(
     v += kv_head * v_h
     guest_k += kv_head * guest_k_h
     guest_v += kv_head * guest_v_h
+    bias += kv_head * bias_h
+    guest_bias += kv_head * guest_bias_h
 
     high = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -105,6 +108,10 @@ def _forward(
         there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
         keys = tl.load(k_page + column[:, None] * k_row + d, mask=there[:, None] & (d < DIM), other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if BIAS:
+            scores += key_biases(
+                bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
+            )[None, :]  # fmt: skip
         allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
         scores = tl.where(allowed, scores, float("-inf"))
         v_at = v_page + column[:, None] * v_row + dv
@@ -123,6 +130,10 @@ def _forward(
         else:
             keys = tl.load(k_at, mask=there[:, None] & (d < DIM), other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if BIAS:
+            scores += key_biases(
+                bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
+            )[None, :]  # fmt: skip
         if SUBS * COLUMNS != BLOCK_K:
             scores = tl.where(there[None, :], scores, float("-inf"))
         high, total, acc = _softmax_step(
@@ -210,6 +221,7 @@ def forward(
     lse: Tensor,
     scale: float,
     resume: bool,
+    bias: Biases | None,
 ) -> None:
     device, heads, dim = q.device, q.shape[2], q.shape[3]
     v_dim = own.v.shape[3]
@@ -225,16 +237,17 @@ def forward(
         columns = min(columns, 64)
     slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
     slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
+    biases = (lse, lse) if bias is None else bias  # any pointer will do where none is read
     for b in range(q.shape[0]):
-        strides = [n for x in (q, out, lse, *own, *guests) for n in x.stride()[1:3]]
+        strides = [n for x in (q, out, lse, *own, *guests, *biases) for n in x.stride()[1:3]]
         _forward[(len(units) * work.most,)](
-            q[b], out[b], lse[b], own.k[b], own.v[b], guests.k[b], guests.v[b], slot_out, slot_lse,
+            q[b], out[b], lse[b], *(x[b] for x in (*own, *guests, *biases)), slot_out, slot_lse,
             work.items, work.item_ptr, units, *work.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
             BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=columns, ROWS=rows, HEADS=size, HEADS_2=size_2,
             ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, SIDE_BY_SIDE=side_by_side,
-            ONE_TABLE=table.tables == 1,
-            RESUME=resume, STAGES=2, PRECISION=precision(q.dtype), num_warps=8 if rows * columns > 64 * 64 else 4,
+            ONE_TABLE=table.tables == 1, RESUME=resume, BIAS=bias is not None, STAGES=2, PRECISION=precision(q.dtype),
+            num_warps=8 if rows * columns > 64 * 64 else 4,
         )  # fmt: skip
         merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
 

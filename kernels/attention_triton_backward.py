@@ -20,6 +20,7 @@ from distattn.kernels.walk_triton import (
     UNIT_SIZE,
     find_item,
     first_full,
+    key_biases,
     mask_bits,
     mask_bits_transposed,
     next_full,
@@ -32,7 +33,7 @@ from distattn.kernels.walk_triton import (
 from distattn.kernels.work import Work, key_units, key_work, query_units, query_work
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Pages
+    from distattn.kernels.attention import Biases, Pages
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -74,9 +75,11 @@ def _row_values(lse, delta, lse_at, delta_at, is_row):
 
 
 @triton.jit
-def _query_step(queries, grads, row_lse, row_delta, keys, values, allowed, acc, scale, MASKED: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+def _query_step(queries, grads, row_lse, row_delta, keys, values, biases, allowed, acc, scale, MASKED: tl.constexpr,
+                BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    if BIAS:
+        scores += biases[None, :]
     if MASKED:
         scores = tl.where(allowed, scores, float("-inf"))
     weights = tl.exp2(scores - row_lse[:, None])
@@ -86,15 +89,15 @@ def _query_step(queries, grads, row_lse, row_delta, keys, values, allowed, acc, 
 
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
 def _grad_queries(
-    q, grad_out, lse, delta, dq, k, v, guest_k, guest_v, slots,
+    q, grad_out, lse, delta, dq, k, v, guest_k, guest_v, bias, guest_bias, slots,
     items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_rows, own_pages, tiles, most, scale,
     q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h, dq_n, dq_h,
-    k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
+    k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h, bias_n, bias_h, guest_bias_n, guest_bias_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
-    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, BIAS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
     if not exists:
@@ -122,6 +125,9 @@ def _grad_queries(
     v += kv_head * v_h
     guest_k += kv_head * guest_k_h
     guest_v += kv_head * guest_v_h
+    bias += kv_head * bias_h
+    guest_bias += kv_head * guest_bias_h
+    biases = 0.0
     acc = tl.zeros([ROWS, DIM_2], tl.float32)
 
     begin, end, full = partial_range(item)
@@ -133,8 +139,12 @@ def _grad_queries(
         there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
         keys = tl.load(k_page + column[:, None] * k_row + d, mask=there[:, None] & (d < DIM), other=0.0)
         values = tl.load(v_page + column[:, None] * v_row + dv, mask=there[:, None] & (dv < V_DIM), other=0.0)
+        if BIAS:
+            biases = key_biases(bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS)
         allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
-        acc = _query_step(queries, grads, row_lse, row_delta, keys, values, allowed, acc, scale2, True, PRECISION)
+        acc = _query_step(
+            queries, grads, row_lse, row_delta, keys, values, biases, allowed, acc, scale2, True, BIAS, PRECISION
+        )
 
     run, page, left = first_full(item, full_first, full_count)
     for i in tl.range(0, full * SUBS, num_stages=STAGES):
@@ -143,26 +153,19 @@ def _grad_queries(
         v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
         k_at = k_page + column[:, None] * k_row + d
         v_at = v_page + column[:, None] * v_row + dv
+        there = column < BLOCK_K - sub
         if EVEN:
             keys = tl.load(k_at)
             values = tl.load(v_at)
         else:
-            there = column < BLOCK_K - sub
             keys = tl.load(k_at, mask=there[:, None] & (d < DIM), other=0.0)
             values = tl.load(v_at, mask=there[:, None] & (dv < V_DIM), other=0.0)
+        if BIAS:
+            biases = key_biases(bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS)
         acc = _query_step(
-            queries,
-            grads,
-            row_lse,
-            row_delta,
-            keys,
-            values,
-            (column < BLOCK_K - sub)[None, :],
-            acc,
-            scale2,
-            SHORT,
+            queries, grads, row_lse, row_delta, keys, values, biases, there[None, :], acc, scale2, SHORT, BIAS,
             PRECISION,
-        )
+        )  # fmt: skip
         run, page, left = next_full(full_first, full_count, run, page, left, (i % SUBS + 1) // SUBS)
 
     acc *= scale
@@ -175,15 +178,19 @@ def _grad_queries(
 
 
 @triton.jit
-def _key_step(keys, values, queries, grads, row_lse, row_delta, allowed, dk, dv, scale, MASKED: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def _key_step(keys, values, biases, queries, grads, row_lse, row_delta, allowed, dk, dv, db, scale,
+              MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+    if BIAS:
+        scores += biases[:, None]
     if MASKED:
         scores = tl.where(allowed, scores, float("-inf"))
     weights = tl.exp2(scores - row_lse[None, :])
     dv = tl.dot(weights.to(grads.dtype), grads, dv, input_precision=PRECISION)
     d_scores = weights * (tl.dot(values, tl.trans(grads), input_precision=PRECISION) - row_delta[None, :])
-    return tl.dot(d_scores.to(queries.dtype), queries, dk, input_precision=PRECISION), dv
+    if BIAS:
+        db += tl.sum(d_scores, 1)
+    return tl.dot(d_scores.to(queries.dtype), queries, dk, input_precision=PRECISION), dv, db
 
 
 @triton.jit
@@ -207,16 +214,18 @@ def _load_rows(
 
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "pages", "most"])
 def _grad_keys(
-    q, grad_out, lse, delta, k, v, guest_k, guest_v, dk, dv, guest_dk, guest_dv, slot_dk, slot_dv,
+    q, grad_out, lse, delta, k, v, guest_k, guest_v, bias, guest_bias, dk, dv, guest_dk, guest_dv, db, guest_db,
+    slot_dk, slot_dv, slot_db,
     items, item_ptr, units, full_first, full_count, part_tile, part_mask, masks,
     tokens, own_rows, own_pages, pages, most, scale,
     q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h,
-    k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
-    dk_n, dk_h, dv_n, dv_h, guest_dk_n, guest_dk_h, guest_dv_n, guest_dv_h,
+    k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h, bias_n, bias_h, guest_bias_n, guest_bias_h,
+    dk_n, dk_h, dv_n, dv_h, guest_dk_n, guest_dk_h, guest_dv_n, guest_dv_h, db_n, db_h, guest_db_n, guest_db_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, SUBS: tl.constexpr, ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, KV_HEADS: tl.constexpr,
     ONE_TABLE: tl.constexpr, DIM: tl.constexpr,
-    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # SUBS programs beside each other share a page, COLUMNS rows each.
     item, unit, table, exists = find_item(tl.program_id(0) // SUBS, items, item_ptr, units, most, 1, ONE_TABLE)
@@ -245,6 +254,13 @@ def _grad_keys(
     scale2 = scale * _LOG2_E
     acc_k = tl.zeros([COLUMNS, DIM_2], tl.float32)
     acc_v = tl.zeros([COLUMNS, V_DIM_2], tl.float32)
+    acc_b = tl.zeros([COLUMNS], tl.float32)
+    biases = 0.0
+    if BIAS:
+        biases = key_biases(
+            bias + kv_head * bias_h, guest_bias + kv_head * guest_bias_h, bias_n, guest_bias_n, page, own_pages, sub,
+            there, BLOCK_K, COLUMNS,
+        )  # fmt: skip
     PARTS: tl.constexpr = TILE_ROWS // ROWS  # of a query tile's rows
 
     begin, end, full = partial_range(item)
@@ -258,18 +274,20 @@ def _grad_keys(
             )  # fmt: skip
             mask = tl.load(part_mask + i // PARTS)
             allowed = mask_bits_transposed(masks, mask, token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
-            acc_k, acc_v = _key_step(
-                keys, values, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, scale2, True, PRECISION
-            )
+            acc_k, acc_v, acc_b = _key_step(
+                keys, values, biases, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, acc_b, scale2, True,
+                BIAS, PRECISION,
+            )  # fmt: skip
         run, tile, left = first_full(item, full_first, full_count)
         for i in tl.range(0, full * PARTS, num_stages=STAGES):
             queries, grads, row_lse, row_delta, token = _load_rows(
                 q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h,
                 delta_n, delta_h, BLOCK_Q, ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
             )  # fmt: skip
-            acc_k, acc_v = _key_step(
-                keys, values, queries, grads, row_lse, row_delta, None, acc_k, acc_v, scale2, False, PRECISION
-            )
+            acc_k, acc_v, acc_b = _key_step(
+                keys, values, biases, queries, grads, row_lse, row_delta, None, acc_k, acc_v, acc_b, scale2, False,
+                BIAS, PRECISION,
+            )  # fmt: skip
             moves = (i % PARTS + 1) // PARTS
             run, tile, left = next_full(full_first, full_count, run, tile, left, moves)
 
@@ -285,10 +303,18 @@ def _grad_keys(
         v_at = dv_page + column[:, None] * dv_row + e
         tl.store(k_at, tl.load(k_at, mask=k_mask, other=0.0) + acc_k, mask=k_mask)
         tl.store(v_at, tl.load(v_at, mask=v_mask, other=0.0) + acc_v, mask=v_mask)
+        if BIAS:
+            db_page, db_row = page_rows(
+                db + kv_head * db_h, guest_db + kv_head * guest_db_h, db_n, guest_db_n, page, own_pages, sub, BLOCK_K
+            )
+            b_at = db_page + column * db_row
+            tl.store(b_at, tl.load(b_at, mask=there, other=0.0) + acc_b, mask=there)
     else:
         at = (slot.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_K + sub + column
         tl.store(slot_dk + at[:, None] * DIM + d, acc_k, mask=k_mask)
         tl.store(slot_dv + at[:, None] * V_DIM + e, acc_v, mask=v_mask)
+        if BIAS:
+            tl.store(slot_db + at, acc_b, mask=there)
 
 
 @triton.jit(do_not_specialize=["own_rows", "own_blocks", "rows_of_table", "most"])
@@ -337,6 +363,8 @@ def backward(
     d_own: Pages,
     d_guests: Pages,
     scale: float,
+    bias: Biases | None,
+    d_bias: Biases | None,
 ) -> None:
     device, heads, dim = q.device, q.shape[2], q.shape[3]
     kv_heads, v_dim = own.v.shape[2:]
@@ -354,19 +382,23 @@ def backward(
     small = max(dim_2, v_dim_2) > 128 or q.dtype == q.float().dtype
     sizes = dict(DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2)
     shared = dict(
-        BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2, STAGES=1 if small else 2,
+        BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2, BIAS=bias is not None,
+        STAGES=1 if small else 2,
         PRECISION=precision(q.dtype), num_warps=8 if tile_rows * page_rows > 64 * 64 else 4, **sizes,
     )  # fmt: skip
     slots = dq.new_empty(by_query.slots, heads, table.block_q, dim)
     slot_dk = dq.new_empty(by_key.slots, kv_heads, table.block_k, dim)
     slot_dv = dq.new_empty(by_key.slots, kv_heads, table.block_k, v_dim)
+    slot_db = dq.new_empty(by_key.slots, kv_heads, table.block_k)
     rows = (q, grad_out, lse, delta)
+    # Any pointer will do where none is read.
+    biases, d_biases = ((lse, lse) if x is None else x for x in (bias, d_bias))
     for b in range(q.shape[0]):
         _grad_queries[(len(units) * by_query.most,)](
-            q[b], grad_out[b], lse[b], delta[b], dq[b], *_at(b, own, guests), slots,
+            q[b], grad_out[b], lse[b], delta[b], dq[b], *_at(b, own, guests, biases), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
-            *_strides(*rows, dq, *own, *guests), COLUMNS=min(page_rows, 32 if small else 64), ROWS=tile_rows,
+            *_strides(*rows, dq, *own, *guests, *biases), COLUMNS=min(page_rows, 32 if small else 64), ROWS=tile_rows,
             ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, **shared,
         )  # fmt: skip
         add_query_slots(dq[b], slots, table, by_query, units, size)
@@ -374,14 +406,18 @@ def backward(
             columns = min(page_rows, 64 if small else 128)
             subs = -(-table.block_k // columns)
             _grad_keys[(len(kv_units) * by_key.most * subs,)](
-                q[b], grad_out[b], lse[b], delta[b], *_at(b, own, guests, d_own, d_guests), slot_dk, slot_dv,
+                q[b], grad_out[b], lse[b], delta[b], *_at(b, own, guests, biases, d_own, d_guests, d_biases),
+                slot_dk, slot_dv, slot_db,
                 by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
                 q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
-                *_strides(*rows, *own, *guests, *d_own, *d_guests), COLUMNS=columns, SUBS=subs,
+                *_strides(*rows, *own, *guests, *biases, *d_own, *d_guests, *d_biases), COLUMNS=columns, SUBS=subs,
                 ROWS=min(tile_rows, 32 if small else 64), TILE_ROWS=tile_rows, KV_HEADS=kv_heads,
                 ONE_TABLE=table.tables == 1, **shared,
             )  # fmt: skip
             add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)
+            if d_bias is not None:
+                mine, others = (x[b].unsqueeze(-1) for x in d_bias)
+                _add_key_slots(mine, others, slot_db.unsqueeze(-1), table, by_key, kv_units)
 
 
 def add_query_slots(dq: Tensor, slots: Tensor, table: TileTable, work: Work, units: Tensor, size: int) -> None:
@@ -413,19 +449,24 @@ def add_key_slots(
 
     slot_dk: float32 [slots, kv_heads, block_k, head_dim], slot_dv likewise with value_dim.
     """
+    _add_key_slots(d_own.k[b], d_guests.k[b], slot_dk, table, work, kv_units)
+    _add_key_slots(d_own.v[b], d_guests.v[b], slot_dv, table, work, kv_units)
+
+
+def _add_key_slots(own: Tensor, guests: Tensor, slots: Tensor, table: TileTable, work: Work, kv_units: Tensor) -> None:
+    """own and guests: [rows, kv_heads, dim]; slots: float32 [slots, kv_heads, block_k, dim]."""
     if not work.slots:
         return
-    for own, guests, slots in ((d_own.k[b], d_guests.k[b], slot_dk), (d_own.v[b], d_guests.v[b], slot_dv)):
-        rows, kv_heads, dim = own.shape
-        _add_slots[(len(kv_units) * work.most_split,)](
-            own, guests, slots, work.split, work.split_ptr, kv_units, rows, table.own_pages, table.pages,
-            work.most_split, *own.stride()[:2], *guests.stride()[:2], BLOCK=table.block_k,
-            ROWS=max(16, triton.next_power_of_2(table.block_k)), HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=dim,
-            DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
-        )  # fmt: skip
+    rows, kv_heads, dim = own.shape
+    _add_slots[(len(kv_units) * work.most_split,)](
+        own, guests, slots, work.split, work.split_ptr, kv_units, rows, table.own_pages, table.pages,
+        work.most_split, *own.stride()[:2], *guests.stride()[:2], BLOCK=table.block_k,
+        ROWS=max(16, triton.next_power_of_2(table.block_k)), HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=dim,
+        DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
+    )  # fmt: skip
 
 
-def _at(b: int, *pages: Pages) -> list[Tensor]:
+def _at(b: int, *pages: tuple[Tensor, ...]) -> list[Tensor]:
     return [x[b] for pair in pages for x in pair]
 
 

@@ -107,6 +107,15 @@ def page_length(page, own_pages, own_rows, sub, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def key_biases(
+    bias, guest_bias, bias_n, guest_n, page, own_pages, sub, there, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """float32 [COLUMNS], in base 2: what is added to the scores of the keys of a page from row ``sub`` on."""
+    at, row = page_rows(bias, guest_bias, bias_n, guest_n, page, own_pages, sub, BLOCK_K)
+    return tl.load(at + tl.arange(0, COLUMNS) * row, mask=there, other=0.0) * 1.4426950408889634
+
+
+@triton.jit
 def mask_bits(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
     """bool [rows, COLUMNS]: whether a row may attend to columns sub .. of a page. Rows beyond the tile may not."""
     WORDS: tl.constexpr = (BLOCK_K + 31) // 32  # of a mask's row

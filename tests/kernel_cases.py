@@ -7,7 +7,7 @@ import torch
 
 from distattn import reference
 from distattn.axis import Axis
-from distattn.kernels.attention import Pages, attention_backward, attention_forward, row_deltas
+from distattn.kernels.attention import Biases, Pages, attention_backward, attention_forward, row_deltas
 from distattn.kernels.table import TileTable
 from distattn.patterns import Pattern
 from distattn.tiles import Extents, assemble, visit
@@ -28,6 +28,7 @@ class Case(NamedTuple):
     batch: int = 1
     scale: float = 0.25
     tokens_first: bool = False
+    bias: bool = False
 
 
 def table_of(case: Case) -> TileTable:
@@ -70,12 +71,19 @@ def inputs(case: Case) -> list[torch.Tensor]:
     return [*made, torch.randn(case.batch, case.length, case.heads, generator=generator).to(DEVICE)]
 
 
+def key_bias(case: Case) -> torch.Tensor:
+    """[batch, tokens, kv_heads]; heads before tokens in memory."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(case.batch, case.kv_heads, case.length, generator=generator).transpose(1, 2).to(DEVICE)
+
+
 class Result(NamedTuple):
     out: torch.Tensor
     lse: torch.Tensor
     dq: torch.Tensor
     d_own: Pages
     d_guests: Pages
+    d_bias: Biases | None
 
 
 def run(
@@ -87,14 +95,18 @@ def run(
     out, lse = torch.full_like(grad, torch.nan), torch.full(q.shape[:3], torch.nan, device=DEVICE)
     if table.has_empty_rows:
         out.zero_(), lse.fill_(-torch.inf)
-    attention_forward(q, own, guests, table, out, lse, scale=case.scale)
+    bias = Biases(*split(case, key_bias(case))) if case.bias else None
+    attention_forward(q, own, guests, table, out, lse, scale=case.scale, bias=bias)
     delta = row_deltas(out, grad, grad_lse)
     dq = torch.zeros(q.shape, device=DEVICE)
     d_own, d_guests = (Pages(*(torch.zeros(x.shape, device=DEVICE) for x in pages)) for pages in (own, guests))
+    d_bias = Biases(*(torch.zeros(x.shape, device=DEVICE) for x in bias)) if bias else None
     # In two halves, as a rank does whose guests arrive later.
     for part in (table.subset(table.visits_guests), table.subset(~table.visits_guests)):
-        attention_backward(q, own, guests, part, grad, lse, delta, dq, d_own, d_guests, scale=case.scale)
-    return Result(out, lse, dq, d_own, d_guests)
+        attention_backward(
+            q, own, guests, part, grad, lse, delta, dq, d_own, d_guests, scale=case.scale, bias=bias, d_bias=d_bias
+        )
+    return Result(out, lse, dq, d_own, d_guests, d_bias)
 
 
 def check(case: Case) -> None:
@@ -102,15 +114,23 @@ def check(case: Case) -> None:
     q, k, v, grad, grad_lse = inputs(case)
     found = run(case, q, k, v, grad, grad_lse)
     double = [x.double().requires_grad_() for x in (q, k, v)]
-    expected, expected_lse = reference.attention(*double, case.pattern, scale=case.scale)
+    bias = key_bias(case).double().requires_grad_() if case.bias else torch.zeros(k.shape[:3], device=DEVICE)
+    # scale q.k + b = scale (q, 1).(k, b / scale): the oracle needs no notion of a bias.
+    ones = torch.ones_like(double[0][..., :1])
+    long_q, long_k = torch.cat((double[0], ones), -1), torch.cat((double[1], bias.unsqueeze(-1) / case.scale), -1)
+    expected, expected_lse = reference.attention(long_q, long_k, double[2], case.pattern, scale=case.scale)
     tolerance = 1e-5 if case.dtype == torch.float32 else 2e-2
     assert reference.max_error(found.out, expected) < tolerance
     seen = expected_lse > -torch.inf
     assert torch.equal(found.lse > -torch.inf, seen)
     assert reference.max_error(found.lse[seen], expected_lse[seen]) < tolerance
     loss = (expected * grad).sum() + (expected_lse * grad_lse)[seen].sum()
-    wanted = torch.autograd.grad(loss, double)
+    wanted = torch.autograd.grad(loss, double, retain_graph=case.bias)
     assert reference.max_error(found.dq, wanted[0]) < tolerance
     for mine, others, full in zip(found.d_own, found.d_guests, wanted[1:], strict=True):
         for grads, part in zip((mine, others), split(case, full), strict=True):
+            assert reference.max_error(grads, part) < tolerance
+    if found.d_bias:
+        (wanted_bias,) = torch.autograd.grad(loss, bias)
+        for grads, part in zip(found.d_bias, split(case, wanted_bias), strict=True):
             assert reference.max_error(grads, part) < tolerance

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kernel_cases import Case, check
 
 from distattn import reference
 from distattn.axis import Axis
@@ -167,3 +168,16 @@ def test_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype, qkv: list[tor
         attention_backward(q, Pages(k, v), nobody, table, out, lse, delta, dq, Pages(dk, dv), d_nobody, scale=DIM**-0.5)
     for wide, narrow in zip(*found, strict=True):
         assert torch.equal(wide.to(dtype), narrow)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Causal() & SlidingWindow(30, 3) | Strided(7), 90, heads=6, kv_heads=2, batch=2, bias=True),
+        Case(SlidingWindow(200, 9), 500, 8, 8, 2, 1, bias=True),
+        Case(~Causal(), 70, 16, 24, dtype=torch.bfloat16, bias=True),
+    ],
+    ids=["two heads of three", "more pages than one step", "rows that see nothing, bfloat16"],
+)
+def test_a_key_bias_is_added_to_scores(case: Case) -> None:
+    check(case)

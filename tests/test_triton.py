@@ -22,6 +22,7 @@ CASES = {
     "rows that see nothing": Case(Documents([40, 20]) & Causal() & ~SlidingWindow(10, 0), 60, scale=-0.3),
     "a table a head": Case(PerHead([Causal(), WINDOW, Dense(), SlidingWindow(9, 9)]), 50, 16, 32),
     "pages in parts": Case(Causal(), 140, 64, 128, 2, 1, 160, 20),
+    "a bias": Case(WINDOW | Documents([40, 20]), 60, 16, 24, 3, 1, batch=2, bias=True),
 }
 
 
@@ -31,7 +32,11 @@ def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "cut"), [*((name, False) for name in CASES), ("a table a head", True), ("window, heads packed", True)]
+    ("name", "cut"),
+    [
+        *((name, False) for name in CASES),
+        *((name, True) for name in ("a table a head", "window, heads packed", "a bias")),
+    ],
 )
 def test_triton_matches_the_oracle(name: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut:  # every row of more than two visits leaves partial results
