@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels import attention_torch
+from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 
 
@@ -58,7 +59,7 @@ def attention_forward(
     q: Tensor,
     own: Pages,
     guests: Pages,
-    table: TileTable,
+    table: AnyTable,
     out: Tensor,
     lse: Tensor,
     *,
@@ -67,12 +68,11 @@ def attention_forward(
     bias: Biases | None = None,
 ) -> None:
     """Writes ``out`` and ``lse`` of the query tiles that visit something; the others are left alone.
-
     Args:
         q: [batch, tokens, heads, head_dim].
         own: the rank's own K and V, read in place.
         guests: received pages, ``table.guest_pages * table.block_k`` rows.
-        table: what each query tile visits.
+        table: what each query tile visits; a ValueError if it is a SelectedTable that ``own`` does not fit.
         out: [batch, tokens, heads, value_dim], written. With ``resume`` also read, and then it has the accumulator's
             dtype (see :func:`accumulator_dtype`).
         lse: [batch, tokens, heads] in the accumulator's dtype, natural logarithm, written. With ``resume`` also read.
@@ -80,10 +80,15 @@ def attention_forward(
         resume: continue from the (out, lse) of pages visited before, and write those of both together.
         bias: what is added to the scores of each key; nothing if None.
     """
+    if table.is_empty:
+        return
+    if isinstance(table, SelectedTable):
+        table.check_rows(own.k.shape[1])
     kernel = choose(q, own, guests, table, out, scale, bias).kernel
     if kernel == "hopper":
         from distattn.kernels import attention_hopper
 
+        assert isinstance(table, TileTable)  # choose says so
         attention_hopper.forward(q, own, guests, table, out, lse, scale, resume)
     elif kernel == "triton":
         from distattn.kernels import attention_triton
@@ -91,14 +96,14 @@ def attention_forward(
         q, own, guests = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
         attention_triton.forward(q, own, guests, table, out, lse, scale, resume, bias)
     else:
-        attention_torch.forward(q, own, guests, table, out, lse, scale, resume, bias)
+        attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, resume, bias)
 
 
 def attention_backward(
     q: Tensor,
     own: Pages,
     guests: Pages,
-    table: TileTable,
+    table: AnyTable,
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
@@ -124,7 +129,7 @@ def attention_backward(
         d_bias: of the shapes of ``bias``, in the accumulator's dtype; None just where ``bias`` is.
         Others as in :func:`attention_forward`.
     """
-    if not (len(table.part_page) or len(table.full_first)):
+    if table.is_empty:
         return
     assert (bias is None) == (d_bias is None)
     kernel = choose(q, own, guests, table, grad_out, scale, bias).kernel
@@ -138,6 +143,7 @@ def attention_backward(
     if kernel == "hopper":
         from distattn.kernels import attention_hopper_backward as hopper
 
+        assert isinstance(table, TileTable)  # choose says so
         hopper.backward(q, own, guests, table, grad_out, lse, delta, sum_q, sum_own, sum_guests, scale)
     elif kernel == "triton":
         from distattn.kernels import attention_triton_backward as portable
@@ -147,10 +153,14 @@ def attention_backward(
         portable.backward(*rows, table, dense_grad, lse, delta, sum_q, sum_own, sum_guests, scale, bias, d_bias)
     else:
         grads = sum_q, sum_own, sum_guests
-        attention_torch.backward(q, own, guests, table, grad_out, lse, delta, *grads, scale, bias, d_bias)
+        attention_torch.backward(q, own, guests, _on_host(table), grad_out, lse, delta, *grads, scale, bias, d_bias)
     for mine, summed in zip((dq, *d_own, *d_guests), (sum_q, *sum_own, *sum_guests), strict=True):
         if mine is not summed:
             mine.add_(summed)
+
+
+def _on_host(table: AnyTable) -> TileTable:
+    return table.on_host if isinstance(table, SelectedTable) else table
 
 
 def _sums(x: Tensor) -> Tensor:
@@ -166,7 +176,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    q: Tensor, own: Pages, guests: Pages, table: TileTable, rows: Tensor, scale: float, bias: Biases | None = None
+    q: Tensor,
+    own: Pages,
+    guests: Pages,
+    table: AnyTable,
+    rows: Tensor,
+    scale: float,
+    bias: Biases | None = None,
 ) -> Choice:
     """Which kernels run on these tensors; ``rows`` is the output, or its gradient."""
     choice = choose_by_shape(q.device, q.dtype, table.block_q, table.block_k, q.shape[3], own.v.shape[3])
@@ -176,6 +192,8 @@ def choose(
         return Choice("triton", f"scale is {scale}, not positive")
     if bias is not None:
         return Choice("triton", "keys have a bias")
+    if isinstance(table, SelectedTable):
+        return Choice("triton", "the tiles were selected on the GPU")
     from distattn.kernels.walk_hopper import fetchable
 
     fetched = [q, *own, *(guests if guests.k.shape[1] else ()), *([] if rows.dtype == torch.float32 else [rows])]

@@ -370,7 +370,7 @@ def forward(
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
             visits.part_mask, visits.masks, q.shape[1], table.own_pages, table.tiles, work.most, numbers,
             scale * _LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
-            SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
+            SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
             CONTINUED=continued, RESUME=resume, num_warps=4,
         )  # fmt: skip
         merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, 1, resume)

@@ -91,7 +91,7 @@ def backward(
             *rows, start_lse, start_delta, dq[b] if add_queries else rows_descriptor(dq[b], 64), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             tokens, table.own_pages, table.tiles, by_query.most, numbers, padded, scale * _LOG2_E, *heads_apart,
-            *dq.stride()[1:3], SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, ALL_HEADS=heads,
+            *dq.stride()[1:3], SIDE_BY_SIDE=side_by_side, ONE_TABLE=by_query.one_table, ALL_HEADS=heads,
             ADD=add_queries, num_warps=4,
         )  # fmt: skip
         add_query_slots(dq[b], slots, table, by_query, units, 1)
@@ -101,6 +101,6 @@ def backward(
             grad_keys[(len(kv_units) * by_key.most,)](
                 *rows, *lines, *grads, slot_dk, slot_dv, by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
                 own.k.shape[1], table.own_pages, table.pages, by_key.most, padded, scale * _LOG2_E, *heads_apart,
-                ONE_TABLE=table.tables == 1, KV_HEADS=kv_heads, ADD=add_keys, num_warps=4,
+                ONE_TABLE=by_key.one_table, KV_HEADS=kv_heads, ADD=add_keys, num_warps=4,
             )  # fmt: skip
             add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.table import TileTable
 from distattn.kernels.walk_triton import (
     UNIT_SIZE,
     find_item,
@@ -32,6 +31,7 @@ from distattn.kernels.work import Work, query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
+    from distattn.kernels.selected import AnyTable
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -216,7 +216,7 @@ def forward(
     q: Tensor,
     own: Pages,
     guests: Pages,
-    table: TileTable,
+    table: AnyTable,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -246,7 +246,7 @@ def forward(
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
             BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=columns, ROWS=rows, HEADS=size, HEADS_2=size_2,
             ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, SIDE_BY_SIDE=side_by_side,
-            ONE_TABLE=table.tables == 1, RESUME=resume, BIAS=bias is not None, STAGES=2, PRECISION=precision(q.dtype),
+            ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None, STAGES=2, PRECISION=precision(q.dtype),
             num_warps=8 if rows * columns > 64 * 64 else 4,
         )  # fmt: skip
         merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
@@ -257,7 +257,7 @@ def merge_slots(
     lse: Tensor,
     slot_out: Tensor,
     slot_lse: Tensor,
-    table: TileTable,
+    table: AnyTable,
     work: Work,
     units: Tensor,
     size: int,

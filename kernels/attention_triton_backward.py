@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from distattn.kernels.attention_triton import packs, precision, programs_at_once
-from distattn.kernels.table import TileTable
 from distattn.kernels.walk_triton import (
     UNIT_SIZE,
     find_item,
@@ -34,6 +33,7 @@ from distattn.kernels.work import Work, key_units, key_work, query_units, query_
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
+    from distattn.kernels.selected import AnyTable
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -355,7 +355,7 @@ def backward(
     q: Tensor,
     own: Pages,
     guests: Pages,
-    table: TileTable,
+    table: AnyTable,
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
@@ -399,7 +399,7 @@ def backward(
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
             *_strides(*rows, dq, *own, *guests, *biases), COLUMNS=min(page_rows, 32 if small else 64), ROWS=tile_rows,
-            ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=table.tables == 1, **shared,
+            ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=by_query.one_table, **shared,
         )  # fmt: skip
         add_query_slots(dq[b], slots, table, by_query, units, size)
         for kv_units in key_units(table, kv_heads, device):
@@ -412,7 +412,7 @@ def backward(
                 q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
                 *_strides(*rows, *own, *guests, *biases, *d_own, *d_guests, *d_biases), COLUMNS=columns, SUBS=subs,
                 ROWS=min(tile_rows, 32 if small else 64), TILE_ROWS=tile_rows, KV_HEADS=kv_heads,
-                ONE_TABLE=table.tables == 1, **shared,
+                ONE_TABLE=by_key.one_table, **shared,
             )  # fmt: skip
             add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)
             if d_bias is not None:
@@ -420,7 +420,7 @@ def backward(
                 _add_key_slots(mine, others, slot_db.unsqueeze(-1), table, by_key, kv_units)
 
 
-def add_query_slots(dq: Tensor, slots: Tensor, table: TileTable, work: Work, units: Tensor, size: int) -> None:
+def add_query_slots(dq: Tensor, slots: Tensor, table: AnyTable, work: Work, units: Tensor, size: int) -> None:
     """Adds the partial results of query tiles that were cut to dq [tokens, heads, head_dim].
 
     slots: float32 [slots, heads, block_q, head_dim]; units of ``size`` heads.
@@ -441,7 +441,7 @@ def add_key_slots(
     b: int,
     slot_dk: Tensor,
     slot_dv: Tensor,
-    table: TileTable,
+    table: AnyTable,
     work: Work,
     kv_units: Tensor,
 ) -> None:
@@ -453,7 +453,7 @@ def add_key_slots(
     _add_key_slots(d_own.v[b], d_guests.v[b], slot_dv, table, work, kv_units)
 
 
-def _add_key_slots(own: Tensor, guests: Tensor, slots: Tensor, table: TileTable, work: Work, kv_units: Tensor) -> None:
+def _add_key_slots(own: Tensor, guests: Tensor, slots: Tensor, table: AnyTable, work: Work, kv_units: Tensor) -> None:
     """own and guests: [rows, kv_heads, dim]; slots: float32 [slots, kv_heads, block_k, dim]."""
     if not work.slots:
         return

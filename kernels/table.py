@@ -104,6 +104,11 @@ class TileTable:
         """What kernels have made of the table, such as its copy on a device."""
         return {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is visited."""
+        return not (len(self.part_page) or len(self.full_first))
+
     @cached_property
     def has_empty_rows(self) -> bool:
         """Whether some row visits nothing."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.kernels.table import KeyTable, TileTable
+
+if TYPE_CHECKING:
+    from distattn.kernels.selected import AnyTable
 
 ITEM = 8
 """Columns of an item: row, where its PARTIAL visits begin, where they end, FULL visits, the run of the first of these,
@@ -56,6 +59,7 @@ class Work:
     split: int32 [rows that were cut, 3]: row, its first slot, how many it has; by table. Their partial results are
         to be added up.
     split_ptr: int32 [tables + 1]; most_split: the largest number of such rows of a table.
+    one_table: there is one table, and it has ``most`` items.
     """
 
     visits: Visits
@@ -66,27 +70,36 @@ class Work:
     split: Tensor
     split_ptr: Tensor
     most_split: int
+    one_table: bool
 
 
-def query_work(table: TileTable, device: torch.device, programs: int) -> Work:
+def query_work(table: AnyTable, device: torch.device, programs: int) -> Work:
     """Items of query tiles, for a chip that runs so many programs at once. Kept with the table."""
     key = ("query", device, programs)
     if key not in table.cache:
-        other = (table.part_page, table.part_mask)
-        table.cache[key] = _make(table, table.tiles, table, other, table.heads_by_table, device, programs, 1)
-    made: Work = table.cache[key]
-    return made
+        if isinstance(table, TileTable):
+            other = (table.part_page, table.part_mask)
+            made = _make(table, table.tiles, table, other, table.heads_by_table, device, programs, 1)
+        else:
+            made = table.query_work(programs)
+        table.cache[key] = made
+    work: Work = table.cache[key]
+    return work
 
 
-def key_work(table: TileTable, device: torch.device, programs: int, share: int) -> Work:
+def key_work(table: AnyTable, device: torch.device, programs: int, share: int) -> Work:
     """Items of key pages, each for ``share`` query heads. Kept with the table."""
     key = ("key", device, programs, share)
     if key not in table.cache:
-        by_key = table.by_key
-        other = (by_key.part_tile, by_key.part_mask)
-        table.cache[key] = _make(by_key, table.pages, table, other, table.heads_by_table, device, programs, share)
-    made: Work = table.cache[key]
-    return made
+        if isinstance(table, TileTable):
+            by_key = table.by_key
+            other = (by_key.part_tile, by_key.part_mask)
+            made = _make(by_key, table.pages, table, other, table.heads_by_table, device, programs, share)
+        else:
+            made = table.key_work(programs, share)
+        table.cache[key] = made
+    work: Work = table.cache[key]
+    return work
 
 
 def _make(
@@ -119,6 +132,7 @@ def _make(
         there(split),
         there(split_ptr),
         int(np.diff(split_ptr).max(initial=0)),
+        table.tables == 1,
     )
 
 
@@ -157,8 +171,7 @@ def make_items(
     partial = np.diff(part_ptr).astype(np.int64)
     visits = partial + np.diff(before[full_ptr])
     table = np.arange(len(visits)) // max(rows_of_table, 1)
-    even = float((visits * heads[table]).sum()) / programs
-    longest = max(_SHORTEST, int(_LONGEST * even / share))
+    longest = longest_piece(float((visits * heads[table]).sum()) / programs / share)
     pieces = -(-visits // longest)
     row = np.repeat(np.arange(len(visits)), pieces)
     piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -182,7 +195,12 @@ def make_items(
     return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
 
 
-def query_units(table: TileTable, kv_heads: int, pack: bool, device: torch.device) -> tuple[Tensor, int, int]:
+def longest_piece(even: float) -> int:
+    """How many visits an item may have where an evenly loaded chip has so many a program."""
+    return max(_SHORTEST, int(_LONGEST * even))
+
+
+def query_units(table: AnyTable, kv_heads: int, pack: bool, device: torch.device) -> tuple[Tensor, int, int]:
     """Units of query heads: one head, or with ``pack`` all that share a key/value head, where they share a table.
 
     Returns:
@@ -201,7 +219,7 @@ def query_units(table: TileTable, kv_heads: int, pack: bool, device: torch.devic
     return made
 
 
-def key_units(table: TileTable, kv_heads: int, device: torch.device) -> list[Tensor]:
+def key_units(table: AnyTable, kv_heads: int, device: torch.device) -> list[Tensor]:
     """Units by key/value head: runs of its query heads that share a table.
 
     Returns:

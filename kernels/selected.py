@@ -1,0 +1,199 @@
+"""A tile table whose tiles were chosen on the device, by the data: each query tile names the pages that it visits.
+
+Nothing is copied to the host, and nothing waits for the device: all that the host needs are bounds, which follow from
+shapes. Items of work are made as in work.py, with PyTorch operations on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.kernels import work
+from distattn.kernels.masks import Masks
+from distattn.kernels.table import TileTable
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedTable:
+    """Tiles of the score matrix, by query tile; serves wherever a :class:`TileTable` does.
+
+    Attributes:
+        block_q, block_k, tiles, own_pages, guest_pages, head_table: as in a TileTable.
+        selected: int32 [tables, tiles, n]: the pages that each query tile visits, in any order and none twice; a number
+            below 0 is no page.
+        masks: int32 [tables, tiles, n, block_q, ceil(block_k / 32)], contiguous, on the same device: which pairs of
+            each of these tiles are allowed, column c as bit c % 32 of word c // 32. None if all are; then no page that
+            is selected may have fewer than block_k rows.
+
+    Raises:
+        ValueError: shapes, dtypes or devices are others.
+    """
+
+    block_q: int
+    block_k: int
+    tiles: int
+    own_pages: int
+    guest_pages: int
+    head_table: tuple[int, ...]
+    selected: Tensor
+    masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tables = max(self.head_table) + 1
+        shape = tuple(self.selected.shape)
+        if self.selected.ndim != 3 or shape[:2] != (tables, self.tiles) or self.selected.dtype != torch.int32:
+            raise ValueError(
+                f"selected is {self.selected.dtype} {list(shape)}; expected torch.int32 [{tables}, {self.tiles}, n]"
+            )
+        if self.masks is None:
+            return
+        wanted = (*shape, self.block_q, -(-self.block_k // 32))
+        if tuple(self.masks.shape) != wanted or self.masks.dtype != torch.int32:
+            found = f"{self.masks.dtype} {list(self.masks.shape)}"
+            raise ValueError(f"masks is {found}; expected torch.int32 {list(wanted)}")
+        if self.masks.device != self.selected.device:
+            raise ValueError(f"masks is on {self.masks.device}; expected {self.selected.device}, like selected")
+
+    @property
+    def tables(self) -> int:
+        return self.selected.shape[0]
+
+    @property
+    def pages(self) -> int:
+        return self.own_pages + self.guest_pages
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no place for a page to visit; whether one is named, only the device knows."""
+        return self.selected.numel() == 0 or self.pages == 0
+
+    @cached_property
+    def cache(self) -> dict[object, Any]:
+        """What kernels have made of the table."""
+        return {}
+
+    def check_rows(self, own_rows: int) -> None:
+        """Raises ValueError if a page may be selected of which only a part exists and no mask says so."""
+        if self.masks is None and own_rows != self.own_pages * self.block_k:
+            raise ValueError(
+                f"own has {own_rows} rows; expected {self.own_pages * self.block_k}, whole pages of {self.block_k}, "
+                "where selected tiles have no masks"
+            )
+
+    def query_work(self, programs: int) -> work.Work:
+        """Items of query tiles, for a chip that runs so many programs at once."""
+        rows, number = self.tables * self.tiles, self.selected.shape[2]
+        chosen = self.selected.reshape(rows, number)
+        page, place = torch.where(chosen < 0, self.pages, chosen).sort(dim=1)
+        row = torch.arange(rows, device=chosen.device)
+        entry = (row[:, None] * number + place).flatten()
+        count = (chosen >= 0).sum(dim=1)
+        return self._work(count, row * number, page.flatten(), entry, self.tiles, programs, 1)
+
+    def key_work(self, programs: int, share: int) -> work.Work:
+        """Items of key pages, each for ``share`` query heads."""
+        chosen = self.selected.flatten().long()
+        entry = torch.arange(chosen.numel(), device=chosen.device)
+        number = self.selected.shape[2]
+        table, tile = entry // (self.tiles * number), entry // number % self.tiles
+        owner = torch.where(chosen < 0, self.tables * self.pages, table * self.pages + chosen)
+        owner, order = owner.sort(stable=True)
+        edges = torch.arange(self.tables * self.pages + 1, device=chosen.device)
+        first = torch.searchsorted(owner, edges)
+        return self._work(first.diff(), first[:-1], tile[order], order, self.pages, programs, share)
+
+    def _work(
+        self, count: Tensor, first: Tensor, other: Tensor, entry: Tensor, rows_of_table: int, programs: int, share: int
+    ) -> work.Work:
+        """As work.make_items.
+
+        Row r visits ``other[first[r] + i]`` for i < count[r], each with mask ``entry[first[r] + i]``.
+        """
+        device, rows, most = count.device, len(count), len(other)
+        longest = work.longest_piece(most * len(self.head_table) / self.tables / programs / share)
+        pieces = (count + longest - 1) // longest
+        stop = pieces.cumsum(0)
+        bound = rows + most // longest  # ceil(count / longest) summed up is no more
+        number = torch.arange(bound, device=device)
+        row = torch.searchsorted(stop, number, right=True).clamp_max(rows - 1)
+        exists = number < stop[-1]
+        piece = number - (stop - pieces)[row]
+        begin, end = (n * count[row] // pieces[row].clamp_min(1) for n in (piece, piece + 1))
+        visits = torch.where(exists, end - begin, 0)
+        cut = exists & (pieces[row] > 1)
+        slot = torch.where(cut, cut.cumsum(0) - 1, -1)
+        table = torch.where(exists, row // rows_of_table, self.tables)
+        begin = begin + first[row]
+        nothing = torch.zeros_like(row)
+        if self.masks is None:
+            columns = (row, nothing, nothing, visits, begin, nothing, slot, nothing)
+        else:
+            columns = (row, begin, begin + visits, nothing, nothing, nothing, slot, nothing)
+        table, order = (table * (most + 1) + most - visits).sort(stable=True)  # by table, longest first
+        table = table // (most + 1)
+        tables = torch.arange(self.tables + 1, device=device)
+        is_cut = pieces > 1
+        cut_rows = (~is_cut).to(torch.int8).sort(stable=True)[1][: most // longest]
+        first_slot = torch.where(is_cut, pieces, 0).cumsum(0) - pieces
+        split = torch.stack((cut_rows, first_slot[cut_rows], pieces[cut_rows]), dim=1)
+        split_ptr = torch.cat((tables[:1], is_cut.view(self.tables, rows_of_table).sum(1).cumsum(0)))
+
+        def there(x: Tensor, more: int = 1) -> Tensor:
+            return torch.cat((x.flatten(), x.new_zeros(more))).int()
+
+        empty = other[:0]
+        if self.masks is None:
+            visited = work.Visits(there(other), there(torch.ones_like(other)), there(empty), there(empty), there(empty))
+        else:
+            visited = work.Visits(there(empty), there(empty), there(other), there(entry), self.masks)
+        return work.Work(
+            visits=visited,
+            items=there(torch.stack(columns, dim=1)[order]),
+            item_ptr=there(torch.searchsorted(table, tables)),
+            most=bound,
+            slots=2
+            * (most // longest),  # a row is cut if count > longest, and ceil(count / longest) < 2 count / longest
+            split=there(split),
+            split_ptr=there(split_ptr),
+            most_split=most // longest,
+            one_table=False,  # how many items there are, only item_ptr tells
+        )
+
+    @cached_property
+    def on_host(self) -> TileTable:
+        """The same table for kernels whose tables are the host's. Waits for the device."""
+        chosen = self.selected.flatten(0, 1).cpu().numpy()
+        order = np.argsort(chosen, axis=1, kind="stable")
+        row, place = np.nonzero(np.take_along_axis(chosen, order, axis=1) >= 0)
+        entry = row * chosen.shape[1] + order[row, place]
+        page = chosen.ravel()[entry]
+        ptr = np.searchsorted(row, np.arange(len(chosen) + 1)).astype(np.int32)
+        none, nowhere = np.zeros(0, np.int32), np.zeros(len(chosen) + 1, np.int32)
+        words = np.zeros((0, self.block_q, -(-self.block_k // 32)), np.uint32)
+        if self.masks is not None:
+            words = self.masks.flatten(0, 2).cpu().numpy().view(np.uint32)[entry]
+        masked = self.masks is not None
+        return TileTable(
+            block_q=self.block_q,
+            block_k=self.block_k,
+            tiles=self.tiles,
+            own_pages=self.own_pages,
+            guest_pages=self.guest_pages,
+            head_table=self.head_table,
+            full_ptr=nowhere if masked else ptr,
+            full_first=none if masked else page,
+            full_count=none if masked else np.ones_like(page),
+            part_ptr=ptr if masked else nowhere,
+            part_page=page if masked else none,
+            part_mask=np.arange(len(page), dtype=np.int32) if masked else none,
+            masks=Masks(self.block_k, words),
+        )
+
+
+AnyTable = TileTable | SelectedTable

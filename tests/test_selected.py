@@ -1,0 +1,134 @@
+"""Tables that were made on the device, against the definition, for the kernels in PyTorch operations and in Triton."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DEVICE
+from torch import Tensor
+
+from distattn import reference
+from distattn.kernels import work
+from distattn.kernels.attention import Choice, Pages, attention_backward, attention_forward, row_deltas
+from distattn.kernels.selected import SelectedTable
+
+DIM = 16
+
+
+class Case(NamedTuple):
+    length: int
+    block_q: int
+    block_k: int
+    heads: int
+    kv_heads: int
+    head_table: tuple[int, ...]
+    selected: int
+    masked: bool
+
+
+CASES = {
+    "a token's heads choose together": Case(21, 1, 8, 6, 2, (0, 0, 0, 1, 1, 1), 2, True),
+    "whole pages": Case(24, 1, 6, 4, 2, (0, 0, 1, 1), 2, False),
+    "tiles of tokens, a table for all": Case(90, 16, 16, 4, 1, (0, 0, 0, 0), 4, True),
+    "a table a head": Case(60, 8, 12, 3, 3, (0, 1, 2), 2, False),
+}
+
+
+def table_of(case: Case) -> tuple[SelectedTable, Tensor]:
+    """A table in which some tiles choose fewer pages and some none; bool [heads, queries, keys]: what it allows."""
+    generator = np.random.default_rng(0)
+    tiles, pages, tables = -(-case.length // case.block_q), -(-case.length // case.block_k), max(case.head_table) + 1
+    selected = generator.permuted(np.tile(np.arange(pages), (tables, tiles, 1)), axis=2)[..., : case.selected]
+    selected = np.where(generator.random(selected.shape) < 0.3, -1, selected)
+    selected[:, 2] = -1
+    selected[:, 3:, 0] = 1  # one page that nearly all visit
+    selected[..., 1:][selected[..., 1:] == 1] = -1
+    bits = generator.random((*selected.shape, case.block_q, case.block_k)) < 0.6
+    exists = (selected[..., None] * case.block_k + np.arange(case.block_k) < case.length)[..., None, :]
+    bits = bits & exists if case.masked else np.ones_like(bits)
+    words = np.zeros((*bits.shape[:-1], -(-case.block_k // 32)), np.uint32)
+    packed = np.packbits(bits, axis=-1, bitorder="little")
+    words.view(np.uint8)[..., : packed.shape[-1]] = packed
+    table = SelectedTable(
+        case.block_q,
+        case.block_k,
+        tiles,
+        pages,
+        0,
+        case.head_table,
+        torch.from_numpy(selected.astype(np.int32)).to(DEVICE),
+        torch.from_numpy(words.view(np.int32)).to(DEVICE) if case.masked else None,
+    )
+    allowed = np.zeros((tables, tiles * case.block_q, pages * case.block_k), np.bool_)
+    for index in np.argwhere(selected >= 0):
+        t, tile, _ = index
+        page = selected[tuple(index)]
+        rows = slice(tile * case.block_q, (tile + 1) * case.block_q)
+        allowed[t, rows, page * case.block_k : (page + 1) * case.block_k] = bits[tuple(index)]
+    return table, torch.from_numpy(allowed[list(case.head_table), : case.length, : case.length]).to(DEVICE)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    share = q.shape[2] // k.shape[2]
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k.repeat_interleave(share, 2)) * scale
+    lse = scores.masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp() * allowed
+    return torch.einsum("bhnm,bmhd->bnhd", weights, v.repeat_interleave(share, 2)), lse.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_selected_is_attended(name: str, cut: bool, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    elif cut:
+        pytest.skip("only compiled kernels cut long rows")
+    monkeypatch.setattr("distattn.kernels.attention.choose", lambda *_, **__: Choice(kernel, "a test of it"))
+    if cut:
+        monkeypatch.setattr(work, "_SHORTEST", 2)
+        monkeypatch.setattr(work, "_LONGEST", 0.0)
+    case = CASES[name]
+    table, allowed = table_of(case)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(1, case.length, heads, DIM, generator=generator).to(DEVICE)
+        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    )
+    grad_lse = torch.randn(1, case.length, case.heads, generator=generator).to(DEVICE)
+    own, nobody = Pages(k, v), Pages(k[:, :0], v[:, :0])
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
+    attention_forward(q, own, nobody, table, out, lse, scale=0.3)
+    delta = row_deltas(out, grad, grad_lse)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    d_nobody = Pages(dk[:, :0], dv[:, :0])
+    attention_backward(q, own, nobody, table, grad, lse, delta, dq, Pages(dk, dv), d_nobody, scale=0.3)
+
+    double = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = dense(*double, allowed, 0.3)
+    seen = expected_lse > -torch.inf
+    assert not seen.all() and torch.equal(lse > -torch.inf, seen)
+    wanted = torch.autograd.grad((expected * grad).sum() + (expected_lse * grad_lse)[seen].sum(), double)
+    pairs = [(out, expected), (lse[seen], expected_lse[seen]), *zip((dq, dk, dv), wanted, strict=True)]
+    assert all(reference.max_error(found, right) < 1e-5 for found, right in pairs)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    selected = torch.zeros(1, 6, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"selected is torch.int32 \[1, 6, 2\]; expected torch.int32 \[2, 6, n\]"):
+        SelectedTable(16, 16, 6, 6, 0, (0, 1), selected)
+    with pytest.raises(ValueError, match=r"masks is torch.int64 \[1, 6, 2, 16, 1\]; expected torch.int32"):
+        SelectedTable(16, 16, 6, 6, 0, (0,), selected, torch.zeros(1, 6, 2, 16, 1, dtype=torch.int64))
+    q = torch.zeros(1, 90, 1, DIM)
+    table, pages, nobody = SelectedTable(16, 16, 6, 6, 0, (0,), selected), Pages(q, q), Pages(q[:, :0], q[:, :0])
+    with pytest.raises(ValueError, match="own has 90 rows; expected 96, whole pages of 16"):
+        attention_forward(q, pages, nobody, table, q.clone(), q[..., 0].clone(), scale=1.0)
+
+
+def test_nothing_to_select_writes_nothing() -> None:
+    q = torch.zeros(1, 96, 1, DIM)
+    table = SelectedTable(16, 16, 6, 6, 0, (0,), torch.zeros(1, 6, 0, dtype=torch.int32))
+    out, lse = torch.full_like(q, 7.0), torch.full((1, 96, 1), 7.0)
+    attention_forward(q, Pages(q, q), Pages(q[:, :0], q[:, :0]), table, out, lse, scale=1.0)
+    assert (out == 7.0).all() and (lse == 7.0).all()
