@@ -12,15 +12,9 @@ from torch import Tensor
 
 from distattn.arena import GuestQueries, Stage
 from distattn.errors import ConfigError
-from distattn.exchange import Agreement, Counter, Exchange, Pending, add_rows
-from distattn.kernels.attention import (
-    Pages,
-    accumulator_dtype,
-    attention_backward,
-    attention_forward,
-    merge,
-    row_deltas,
-)
+from distattn.exchange import Agreement, Counter, Exchange, Pending
+from distattn.kernels.attention import Pages, accumulator_dtype, attention_backward, attention_forward, row_deltas
+from distattn.kernels.rows import add_rows, merge
 from distattn.kernels.table import TileTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan, plans
@@ -298,7 +292,7 @@ class _Pass:
     def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
         def receive(message: Message, rows: list[Tensor]) -> None:
             for mine, returned in zip(d_own, rows, strict=True):
-                add_rows(mine, message.rows, message.kv_heads, returned)
+                add_rows(mine, message.places, returned)
 
         return self.exchange.take_home(transfer, d_guests, receive)
 
@@ -363,7 +357,7 @@ class _Pass:
         return self.exchange.take_home(
             queries.transfer,
             [guest_dq],
-            lambda message, returned: add_rows(dq, message.rows, message.kv_heads, returned[0]),
+            lambda message, returned: add_rows(dq, message.places, returned[0]),
         )
 
 

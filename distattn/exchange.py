@@ -12,17 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.errors import PeerLost, PlanMismatch
+from distattn.kernels.rows import pack_rows, split_rows, unpack_rows
 from distattn.messages import Message, Transfer
 
-# Up to this many runs are copied one by one; more are gathered through an index.
-_FEW_RUNS = 16
 # PyTorch 2.13 renamed it, and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -80,8 +77,8 @@ class Exchange:
         for message in transfer.sends:
             if message.peer == self.rank:
                 # A message to itself: both sides are here.
-                self._unpack(_mine(transfer.receives, self.rank), targets, self._pack(message, sources))
-        sends = _by_peer(transfer.sends, self.rank, lambda m: self._pack(m, sources))
+                unpack_rows(targets, _mine(transfer.receives, self.rank).places, pack_rows(sources, message.places))
+        sends = _by_peer(transfer.sends, self.rank, lambda m: pack_rows(sources, m.places))
         sizes = _sizes(transfer.receives, self.rank, targets)
         return self._send(transfer.kind, sends, sizes, targets[0], lambda got: self._place(transfer, targets, got))
 
@@ -98,25 +95,25 @@ class Exchange:
         outgoing = transfer.receives
         incoming = _as_sent(transfer, self.world_size)
         mine = [m for m in outgoing if m.peer == self.rank]
-        sends = _by_peer(outgoing, self.rank, lambda m: self._pack(m, guests))
+        sends = _by_peer(outgoing, self.rank, lambda m: pack_rows(guests, m.places))
         sizes = _sizes(incoming, self.rank, guests)
 
         def deliver(got: dict[int, Tensor]) -> None:
             for message in incoming:
                 if message.peer == self.rank:
-                    flat = torch.cat([self._pack(m, guests) for m in mine])
+                    flat = torch.cat([pack_rows(guests, m.places) for m in mine])
                 else:
                     size = message.count * len(message.kv_heads) * _width(guests)
                     flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
-                receive(message, self._split(message, flat, guests))
+                receive(message, split_rows(guests, message.places, flat))
 
         kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
         return self._send(kind, sends, sizes, guests[0], deliver)
 
     def _all_gather(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
-        mine = self._pack(transfer.sends[0], sources)
+        mine = pack_rows(sources, transfer.sends[0].places)
         if self.group is None:
-            self._unpack(_mine(transfer.receives, self.rank), targets, mine)
+            unpack_rows(targets, _mine(transfer.receives, self.rank).places, mine)
             return Pending()
         per_row = len(transfer.sends[0].kv_heads) * _width(sources)
         padded = mine.new_zeros(transfer.chunk * per_row)
@@ -128,7 +125,7 @@ class Exchange:
         def finish() -> None:
             self._wait([work])
             for message, chunk in ((m, every.view(self.world_size, -1)[m.peer]) for m in transfer.receives):
-                self._unpack(message, targets, chunk[: message.count * per_row])
+                unpack_rows(targets, message.places, chunk[: message.count * per_row])
 
         return Pending(finish)
 
@@ -181,23 +178,7 @@ class Exchange:
                 continue
             size = message.count * len(message.kv_heads) * _width(targets)
             flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
-            self._unpack(message, targets, flat)
-
-    def _pack(self, message: Message, tensors: Sequence[Tensor]) -> Tensor:
-        """The rows and heads of a message, of all tensors, as one flat tensor."""
-        return torch.cat([_heads(take_rows(x, message.rows), message.kv_heads).reshape(-1) for x in tensors])
-
-    def _split(self, message: Message, flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        heads = len(message.kv_heads)
-        sizes = [x.shape[0] * message.count * heads * x.shape[-1] for x in like]
-        return [
-            part.view(x.shape[0], message.count, heads, x.shape[-1])
-            for part, x in zip(flat.split(sizes), like, strict=True)
-        ]
-
-    def _unpack(self, message: Message, tensors: Sequence[Tensor], flat: Tensor) -> None:
-        for x, rows in zip(tensors, self._split(message, flat, tensors), strict=True):
-            put_rows(x, message.rows, message.kv_heads, rows)
+            unpack_rows(targets, message.places, flat)
 
 
 def _width(tensors: Sequence[Tensor]) -> int:
@@ -236,55 +217,6 @@ def _as_sent(transfer: Transfer, world_size: int) -> list[Message]:
         return list(transfer.sends)
     only = transfer.sends[0]
     return [Message(peer, only.kv_heads, only.rows) for peer in range(world_size)] if only.count else []
-
-
-def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    return x if len(heads) == x.shape[2] else x[:, :, list(heads)]
-
-
-def row_index(rows: NDArray[np.int64]) -> Tensor:
-    """int64 [n]: all rows of runs (first, stop)."""
-    return torch.cat([torch.arange(a, b) for a, b in rows.tolist()]) if len(rows) else torch.zeros(0, dtype=torch.int64)
-
-
-def take_rows(x: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    """Rows along dim 1 of runs (first, stop)."""
-    if len(rows) == 1:
-        return x[:, rows[0, 0] : rows[0, 1]]
-    if 0 < len(rows) <= _FEW_RUNS:
-        return torch.cat([x[:, a:b] for a, b in rows.tolist()], 1)
-    return x.index_select(1, row_index(rows).to(x.device))
-
-
-def put_rows(x: Tensor, rows: NDArray[np.int64], heads: tuple[int, ...], values: Tensor) -> None:
-    """Writes rows along dim 1."""
-    _each_run(x, rows, heads, values, lambda old, new: old.copy_(new))
-
-
-def add_rows(x: Tensor, rows: NDArray[np.int64], heads: tuple[int, ...], values: Tensor) -> None:
-    """Adds to rows along dim 1."""
-    _each_run(x, rows, heads, values, lambda old, new: old.add_(new))
-
-
-def _each_run(
-    x: Tensor,
-    rows: NDArray[np.int64],
-    heads: tuple[int, ...],
-    values: Tensor,
-    apply: Callable[[Tensor, Tensor], object],
-) -> None:
-    whole = len(heads) == x.shape[2]
-    if whole and len(rows) <= _FEW_RUNS:
-        at = 0
-        for a, b in rows.tolist():
-            apply(x[:, a:b], values[:, at : at + b - a])
-            at += b - a
-        return
-    index = row_index(rows).to(x.device)
-    where = (slice(None), index) if whole else (slice(None), index[:, None], torch.tensor(heads, device=x.device))
-    old = x[where]
-    apply(old, values)
-    x[where] = old
 
 
 def resolve_group(group_name: str) -> dist.ProcessGroup:

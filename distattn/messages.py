@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from distattn.kernels.rows import Places
+
 Ints = NDArray[np.int64]
 
 
@@ -26,8 +28,12 @@ class Message:
     rows: Ints
 
     @cached_property
+    def places(self) -> Places:
+        return Places(self.rows, self.kv_heads)
+
+    @property
     def count(self) -> int:
-        return int((self.rows[:, 1] - self.rows[:, 0]).sum())
+        return self.places.count
 
 
 @dataclass(frozen=True, eq=False)

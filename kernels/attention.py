@@ -237,18 +237,3 @@ def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:
 def _with_dense_rows(x: Tensor) -> Tensor:
     """x, or a copy of it where the elements of a row are not beside each other."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from attention over each.
-
-    Args:
-        out, other_out: [..., value_dim] in the accumulator's dtype.
-        lse, other_lse: [...].
-
-    Returns:
-        (out, lse) of the union: lse = log(e^a + e^b), out = e^(a - lse) out + e^(b - lse) other_out.
-    """
-    union = torch.logaddexp(lse, other_lse)
-    base = union.masked_fill(union == -torch.inf, 0.0)
-    return out * (lse - base).exp().unsqueeze(-1) + other_out * (other_lse - base).exp().unsqueeze(-1), union

@@ -123,7 +123,7 @@ def mask_bits(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K: tl.conste
     word = sub // 32 + tl.arange(0, HERE)
     row = masks + (mask.to(tl.int64) * BLOCK_Q + token) * WORDS
     words = tl.load(row[:, None] + word[None, :], mask=(token < BLOCK_Q)[:, None] & (word < WORDS)[None, :], other=0)
-    bits = (words[:, :, None] >> tl.arange(0, COLUMNS // HERE)[None, None, :]) & 1
+    bits = (words[:, :, None] >> (sub % 32 + tl.arange(0, COLUMNS // HERE))[None, None, :]) & 1
     return tl.reshape(bits, [token.shape[0], COLUMNS]) != 0
 
 
@@ -135,5 +135,5 @@ def mask_bits_transposed(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K
     word = sub // 32 + tl.arange(0, HERE)
     row = masks + (mask.to(tl.int64) * BLOCK_Q + token) * WORDS
     words = tl.load(row[None, :] + word[:, None], mask=(token < BLOCK_Q)[None, :] & (word < WORDS)[:, None], other=0)
-    bits = (words[:, None, :] >> tl.arange(0, COLUMNS // HERE)[None, :, None]) & 1
+    bits = (words[:, None, :] >> (sub % 32 + tl.arange(0, COLUMNS // HERE))[None, :, None]) & 1
     return tl.reshape(bits, [COLUMNS, token.shape[0]]) != 0

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -25,12 +26,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from distattn.axis import Axis
-from distattn.kernels import attention
-from distattn.kernels.attention import Choice, Pages
+from distattn.kernels import attention, rows_triton
+from distattn.kernels.attention import Biases, Choice, Pages
+from distattn.kernels.rows import Places
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 from distattn.tiles import Extents, assemble, visit
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8",
+}  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -41,7 +46,10 @@ class Launch(NamedTuple):
 
 
 def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim: int, value_dim: int) -> list[Launch]:
-    """The launches of a forward and a backward pass of 8 query heads and 2 key heads."""
+    """The launches of a forward and a backward pass of 8 query heads and 2 key heads.
+
+    Portable kernels have a key bias, and are followed by what is done to rows.
+    """
     found: list[Launch] = []
 
     def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -60,9 +68,19 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
     before = JITFunction.run, attention.choose
     JITFunction.run, attention.choose = run, lambda *_, **__: Choice(engine, "it is asked for")
     try:
-        attention.attention_forward(q, own, nobody, table, grad, lse, scale=0.1)
+        bias = d_bias = None
+        if engine == "triton":
+            bias, d_bias = (Biases(own.k[..., 0].float(), nobody.k[..., 0].float()) for _ in range(2))
+        attention.attention_forward(q, own, nobody, table, grad, lse, scale=0.1, bias=bias)
         gradients = [Pages(x.k.float(), x.v.float()) for x in (own, nobody)]
-        attention.attention_backward(q, own, nobody, table, grad, lse, lse, q.float(), *gradients, scale=0.1)
+        attention.attention_backward(
+            q, own, nobody, table, grad, lse, lse, q.float(), *gradients, scale=0.1, bias=bias, d_bias=d_bias
+        )
+        if engine == "triton":
+            rows_triton.add_rows(own.k, Places(np.array([[1, 9], [20, 40]]), (1,)), own.k[:, :28, :1])
+            rows_triton.merge(q.float(), lse, q.float(), lse)
+            means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))
+            rows_triton.chunk_means_backward(means, counts, tokens, 64, None, dtype)
     finally:
         JITFunction.run, attention.choose = before
     return found

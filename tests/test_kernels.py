@@ -7,7 +7,8 @@ from kernel_cases import Case, check
 
 from distattn import reference
 from distattn.axis import Axis
-from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose_by_shape, merge
+from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose_by_shape
+from distattn.kernels.rows import merge
 from distattn.kernels.table import TileTable
 from distattn.patterns import Causal, Pattern, SlidingWindow, Strided
 from distattn.tiles import Extents, assemble, visit

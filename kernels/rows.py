@@ -1,0 +1,177 @@
+"""What is done to rows beside attention: packing them for a journey, merging partial results, pooling chunks.
+
+Each function runs in PyTorch operations on CPUs and in one Triton kernel on GPUs (rows_triton.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Up to this many runs are copied one by one; more are gathered through an index.
+_FEW_RUNS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Rows of some heads of a tensor [batch, rows, heads, dim].
+
+    runs: int64 [n, 2], rows first .. stop - 1 each. heads: indices.
+    """
+
+    runs: NDArray[np.int64]
+    heads: tuple[int, ...]
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows."""
+        return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 [count]: the rows."""
+        parts = [torch.arange(a, b) for a, b in self.runs.tolist()]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+    @cached_property
+    def _there(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """int64 [2 n + 1 + heads] on a device: where runs begin, how many rows come before each and in all, heads."""
+        if device not in self._there:
+            before = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.runs[:, 1] - self.runs[:, 0])))
+            flat = np.concatenate((self.runs[:, 0], before, np.asarray(self.heads, np.int64)))
+            self._there[device] = torch.from_numpy(flat).to(device)
+        return self._there[device]
+
+
+def pack_rows(tensors: Sequence[Tensor], places: Places) -> Tensor:
+    """The rows and heads of all tensors as one flat tensor: [batch, count, heads, dim] of the first, of the next, ...
+
+    tensors: [batch, rows, heads, dim], of one dtype on one device, any strides.
+    """
+    if tensors[0].is_cuda:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.pack_rows(tensors, places)
+    return torch.cat([_heads(_taken(x, places), places.heads).reshape(-1) for x in tensors])
+
+
+def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None:
+    """Writes what :func:`pack_rows` made of tensors of these shapes to their rows and heads."""
+    if flat.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.unpack_rows(tensors, places, flat)
+        return
+    for x, values in zip(tensors, split_rows(tensors, places, flat), strict=True):
+        _each_run(x, places, values, lambda old, new: old.copy_(new))
+
+
+def split_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> list[Tensor]:
+    """What :func:`pack_rows` made, by tensor: [batch, count, heads, dim] each, without a copy."""
+    shapes = [(x.shape[0], places.count, len(places.heads), x.shape[3]) for x in tensors]
+    parts = flat.split([int(np.prod(shape)) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
+    """Adds values [batch, count, heads, dim], contiguous, to rows and heads of x."""
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.add_rows(x, places, values)
+        return
+    _each_run(x, places, values, lambda old, new: old.add_(new))
+
+
+def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    return x if len(heads) == x.shape[2] else x[:, :, list(heads)]
+
+
+def _taken(x: Tensor, places: Places) -> Tensor:
+    runs = places.runs
+    if len(runs) == 1:
+        return x[:, runs[0, 0] : runs[0, 1]]
+    if 0 < len(runs) <= _FEW_RUNS:
+        return torch.cat([x[:, a:b] for a, b in runs.tolist()], 1)
+    return x.index_select(1, places.index)
+
+
+def _each_run(x: Tensor, places: Places, values: Tensor, apply: Callable[[Tensor, Tensor], object]) -> None:
+    whole = len(places.heads) == x.shape[2]
+    if whole and len(places.runs) <= _FEW_RUNS:
+        at = 0
+        for a, b in places.runs.tolist():
+            apply(x[:, a:b], values[:, at : at + b - a])
+            at += b - a
+        return
+    where = (slice(None), places.index) if whole else (slice(None), places.index[:, None], torch.tensor(places.heads))
+    old = x[where]
+    apply(old, values)
+    x[where] = old
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from attention over each.
+
+    Args:
+        out, other_out: [..., value_dim] in the accumulator's dtype.
+        lse, other_lse: [...].
+
+    Returns:
+        (out, lse) of the union: lse = log(e^a + e^b), out = e^(a - lse) out + e^(b - lse) other_out.
+    """
+    if out.is_cuda and out.dtype == torch.float32:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.merge(out, lse, other_out, other_lse)
+    union = torch.logaddexp(lse, other_lse)
+    base = union.masked_fill(union == -torch.inf, 0.0)
+    return out * (lse - base).exp().unsqueeze(-1) + other_out * (other_lse - base).exp().unsqueeze(-1), union
+
+
+def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Means of chunks of rows.
+
+    Args:
+        x: [batch, rows, heads, dim], any strides. Chunk c has the rows c * chunk ..; the last one may be short.
+        left_out: bool [rows], rows that no mean counts; None if all count.
+
+    Returns:
+        float32 [batch, chunks, heads, dim], zeros where a chunk has no row, and float32 [chunks], how many rows count.
+        Sums are made in the order of rows, in float32.
+    """
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.chunk_means(x, chunk, left_out)
+    rows = x.shape[1]
+    chunks = -(-rows // chunk)
+    counts = torch.ones(rows) if left_out is None else (~left_out).float()
+    values = x.float() if left_out is None else x.float().masked_fill(left_out[:, None, None], 0.0)
+    padding = chunks * chunk - rows
+    sums = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).unflatten(1, (chunks, chunk)).sum(2)
+    counts = torch.nn.functional.pad(counts, (0, padding)).view(chunks, chunk).sum(1)
+    return sums / counts.clamp_min(1.0)[:, None, None], counts
+
+
+def chunk_means_backward(
+    grad: Tensor, counts: Tensor, rows: int, chunk: int, left_out: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of x, [batch, rows, heads, dim] of that dtype, from that of :func:`chunk_means`, float32."""
+    if grad.is_cuda:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.chunk_means_backward(grad, counts, rows, chunk, left_out, dtype)
+    by_row = (grad / counts.clamp_min(1.0)[:, None, None]).repeat_interleave(chunk, 1)[:, :rows]
+    if left_out is not None:
+        by_row = by_row.masked_fill(left_out[:, None, None], 0.0)
+    return by_row.to(dtype)

@@ -1,0 +1,188 @@
+"""The functions of rows.py in Triton, one kernel each; see there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distattn.kernels.rows import Places
+
+_PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=["runs", "count"])
+def _move_rows(
+    x, flat, places, runs, count, x_b, x_n, x_h, x_d,
+    WAY: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, head, batch): ROWS rows of one head between x and flat [batch, count, HEADS, DIM]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    number = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    there = row < count
+    # The last run that begins at or before a row, found bit by bit.
+    before = places + runs
+    run = tl.zeros([ROWS], tl.int32)
+    for step in tl.static_range(STEPS):
+        candidate = run + (1 << (STEPS - 1 - step))
+        fits = (candidate < runs) & (tl.load(before + tl.minimum(candidate, runs - 1)) <= row)
+        run = tl.where(fits, candidate, run)
+    at = tl.load(places + run) + row - tl.load(before + run)
+    head = tl.load(places + 2 * runs + 1 + number)
+    d = tl.arange(0, DIM_2)
+    mask = there[:, None] & (d < DIM)
+    x_at = x + batch * x_b + head * x_h + at[:, None] * x_n + d * x_d
+    flat_at = flat + ((batch * count + row) * HEADS + number)[:, None] * DIM + d
+    if WAY == _PACK:
+        tl.store(flat_at, tl.load(x_at, mask=mask), mask=mask)
+    else:
+        values = tl.load(flat_at, mask=mask)
+        if WAY == _ADD:
+            values += tl.load(x_at, mask=mask)
+        tl.store(x_at, values, mask=mask)
+
+
+def _move(x: Tensor, flat: Tensor, places: Places, way: tl.constexpr) -> None:
+    batch, _, _, dim = x.shape
+    heads = len(places.heads)
+    if not (places.count and heads and batch and dim):
+        return
+    dim_2 = triton.next_power_of_2(dim)
+    rows = max(1, 4096 // dim_2)
+    _move_rows[(triton.cdiv(places.count, rows), heads, batch)](
+        x, flat, places.on(x.device), len(places.runs), places.count, *x.stride(), WAY=way.value, HEADS=heads, DIM=dim,
+        DIM_2=dim_2, ROWS=rows, STEPS=-(-len(places.runs).bit_length() // 4) * 4,
+    )  # fmt: skip
+
+
+def pack_rows(tensors: Sequence[Tensor], places: Places) -> Tensor:
+    sizes = [x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors]
+    flat = tensors[0].new_empty(sum(sizes))
+    for x, part in zip(tensors, flat.split(sizes), strict=True):
+        _move(x, part, places, _PACK)
+    return flat
+
+
+def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None:
+    sizes = [x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors]
+    for x, part in zip(tensors, flat.split(sizes), strict=True):
+        _move(x, part, places, _UNPACK)
+
+
+def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
+    _move(x, values.contiguous(), places, _ADD)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _merge(
+    out, lse, other_out, other_lse, merged, merged_lse, rows, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    a = tl.load(lse + row, mask=there, other=float("-inf"))
+    b = tl.load(other_lse + row, mask=there, other=float("-inf"))
+    high = tl.maximum(tl.maximum(a, b), -1e30)  # finite, so that rows without keys weigh nothing
+    share, other_share = tl.exp(a - high), tl.exp(b - high)
+    total = share + other_share
+    whole = tl.where(total == 0.0, 1.0, total)
+    d = tl.arange(0, DIM_2)
+    mask = there[:, None] & (d < DIM)
+    at = row[:, None] * DIM + d
+    values = tl.load(out + at, mask=mask) * (share / whole)[:, None]
+    values += tl.load(other_out + at, mask=mask) * (other_share / whole)[:, None]
+    tl.store(merged + at, values, mask=mask)
+    tl.store(merged_lse + row, tl.where(total == 0.0, float("-inf"), high + tl.log(whole)), mask=there)
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [x.contiguous() for x in (out, lse, other_out, other_lse)]
+    merged, merged_lse = torch.empty_like(parts[0]), torch.empty_like(parts[1])
+    dim = out.shape[-1]
+    dim_2 = triton.next_power_of_2(dim)
+    rows = max(1, 4096 // dim_2)
+    if lse.numel():
+        _merge[(triton.cdiv(lse.numel(), rows),)](
+            *parts, merged, merged_lse, lse.numel(), DIM=dim, DIM_2=dim_2, ROWS=rows
+        )
+    return merged, merged_lse
+
+
+@triton.jit(do_not_specialize=["rows", "chunk"])
+def _chunk_means(
+    x, left_out, means, counts, rows, chunk, x_b, x_n, x_h, x_d, HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, SOME_LEFT_OUT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, head, batch)."""
+    number, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, DIM_2)
+    first = number.to(tl.int64) * chunk
+    size = tl.minimum(rows - first, chunk)
+    total = tl.zeros([DIM_2], tl.float32)
+    count = tl.zeros([ROWS], tl.float32)
+    for start in range(0, size, ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = row < size
+        if SOME_LEFT_OUT:
+            there &= tl.load(left_out + first + row, mask=there, other=1) == 0
+        at = x + batch * x_b + head * x_h + (first + row)[:, None] * x_n + d * x_d
+        total += tl.sum(tl.load(at, mask=there[:, None] & (d < DIM), other=0.0).to(tl.float32), 0)
+        count += there.to(tl.float32)
+    kept = tl.sum(count, 0)
+    out = ((batch * tl.num_programs(0) + number) * HEADS + head) * DIM
+    tl.store(means + out + d, total / tl.maximum(kept, 1.0), mask=d < DIM)
+    if (head == 0) & (tl.program_id(2) == 0):
+        tl.store(counts + number, kept)
+
+
+def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, dim = x.shape
+    chunks = -(-rows // chunk)
+    means = x.new_zeros((batch, chunks, heads, dim), dtype=torch.float32)
+    counts = x.new_zeros(chunks, dtype=torch.float32)
+    if means.numel():
+        dim_2 = triton.next_power_of_2(dim)
+        _chunk_means[(chunks, heads, batch)](
+            x, x if left_out is None else left_out.to(torch.int8), means, counts, rows, chunk, *x.stride(), HEADS=heads,
+            DIM=dim, DIM_2=dim_2, SOME_LEFT_OUT=left_out is not None, ROWS=min(64, max(1, 4096 // dim_2)),
+        )  # fmt: skip
+    return means, counts
+
+
+@triton.jit(do_not_specialize=["rows", "chunk", "chunks"])
+def _chunk_means_backward(
+    grad, counts, left_out, dx, rows, chunk, chunks, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
+    SOME_LEFT_OUT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, head, batch); grad [batch, chunks, HEADS, DIM] and dx [batch, rows, HEADS, DIM] are contiguous."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    there = row < rows
+    d = tl.arange(0, DIM_2)
+    mask = there[:, None] & (d < DIM)
+    number = row // chunk
+    share = 1.0 / tl.maximum(tl.load(counts + number, mask=there, other=1.0), 1.0)
+    if SOME_LEFT_OUT:
+        share = tl.where(tl.load(left_out + row, mask=there, other=1) == 0, share, 0.0)
+    values = tl.load(grad + ((batch * chunks + number) * HEADS + head)[:, None] * DIM + d, mask=mask, other=0.0)
+    at = dx + ((batch * rows + row) * HEADS + head)[:, None] * DIM + d
+    tl.store(at, (values * share[:, None]).to(dx.dtype.element_ty), mask=mask)
+
+
+def chunk_means_backward(
+    grad: Tensor, counts: Tensor, rows: int, chunk: int, left_out: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    batch, chunks, heads, dim = grad.shape
+    dx = grad.new_empty((batch, rows, heads, dim), dtype=dtype)
+    if dx.numel():
+        dim_2 = triton.next_power_of_2(dim)
+        step = max(1, 4096 // dim_2)
+        _chunk_means_backward[(triton.cdiv(rows, step), heads, batch)](
+            grad.contiguous(), counts, counts if left_out is None else left_out.to(torch.int8), dx, rows, chunk, chunks,
+            HEADS=heads, DIM=dim, DIM_2=dim_2, SOME_LEFT_OUT=left_out is not None, ROWS=step,
+        )  # fmt: skip
+    return dx
