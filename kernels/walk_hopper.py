@@ -9,6 +9,7 @@ Items of work and their visits are walked by the functions of walk_triton.py, wh
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -189,8 +190,13 @@ def line_descriptor(x: Tensor, length: int) -> TensorDescriptor:
 
 
 def _descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[x.dtype])
-    return TensorDescriptor(x, list(shape), list(strides), block, layout)
+    return TensorDescriptor(x, list(shape), list(strides), block, _shared_layout(tuple(block), x.dtype))
+
+
+@lru_cache
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    # Kept: making one takes as long as all else that a descriptor needs, and a launch makes seven.
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
 
 
 def fetchable(x: Tensor) -> bool:

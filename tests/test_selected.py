@@ -31,6 +31,7 @@ CASES = {
     "a token's heads choose together": Case(21, 1, 8, 6, 2, (0, 0, 0, 1, 1, 1), 2, True),
     "whole pages": Case(24, 1, 6, 4, 2, (0, 0, 1, 1), 2, False),
     "tiles of tokens, a table for all": Case(90, 16, 16, 4, 1, (0, 0, 0, 0), 4, True),
+    "full shapes": Case(600, 1, 64, 32, 2, (0,) * 16 + (1,) * 16, 6, True),
     "a table a head": Case(60, 8, 12, 3, 3, (0, 1, 2), 2, False),
 }
 
@@ -79,7 +80,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tup
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.gpu) if name == "full shapes" else name for name in CASES]
+)
 def test_what_is_selected_is_attended(name: str, cut: bool, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "triton":
         pytest.importorskip("triton")

@@ -24,6 +24,16 @@ CASES = {
     "pages in parts": Case(Causal(), 140, 64, 128, 2, 1, 160, 20),
     "a bias": Case(WINDOW | Documents([40, 20]), 60, 16, 24, 3, 1, batch=2, bias=True),
 }
+# Full shapes, for a GPU.
+WIDE = Causal() & (SlidingWindow(300, 0) | GlobalTokens(range(70)))
+LARGE = {
+    "128 x 128, bfloat16": Case(WIDE, 1000, 128, 128, 8, 2, 128, 128, LOW, 2, 0.09),
+    "128 x 128, float32": Case(WIDE, 700, 128, 128, 4, 2, 128, 128, scale=0.09),
+    "a bias, bfloat16": Case(WIDE, 1000, 128, 64, 8, 2, 128, 128, LOW, scale=0.09, bias=True),
+    "16 tokens x 8 heads": Case(WIDE, 500, 16, 64, 8, 1, 64, 64, LOW, scale=0.12, bias=True),
+    "1 token x 16 heads": Case(WIDE, 200, 1, 64, 16, 1, 128, 128, LOW, scale=0.09),
+    **{f"heads of {dim}": Case(WIDE, 600, 64, 64, 6, 1, dim, dim, LOW, scale=0.1) for dim in (32, 80, 96, 192, 256)},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +53,12 @@ def test_triton_matches_the_oracle(name: str, cut: bool, monkeypatch: pytest.Mon
         monkeypatch.setattr(work, "_SHORTEST", 2)
         monkeypatch.setattr(work, "_LONGEST", 0.0)
     check(CASES[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE)
+def test_full_shapes(name: str) -> None:
+    check(LARGE[name])
 
 
 def test_triton_resumes() -> None:
