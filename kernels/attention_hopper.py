@@ -355,7 +355,7 @@ def forward(
     work = query_work(table, device, programs)
     if work.most == 0:
         return
-    units, _, side_by_side = query_units(table, own.k.shape[2], pack=False, device=device)
+    units, _, side_by_side = query_units(table.head_table, own.k.shape[2], pack=False, device=device)
     slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
     slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
     numbers = len(units) * work.most

@@ -63,7 +63,7 @@ def backward(
     device, (tokens, heads, dim) = q.device, q.shape[1:]
     kv_heads, v_dim = own.v.shape[2:]
     programs = programs_at_once(device)
-    units, _, side_by_side = query_units(table, kv_heads, pack=False, device=device)
+    units, _, side_by_side = query_units(table.head_table, kv_heads, pack=False, device=device)
     by_query = query_work(table, device, programs)
     if by_query.most == 0:
         return
@@ -78,7 +78,7 @@ def backward(
     slot_dv = q.new_empty((by_key.slots, kv_heads, table.block_k, v_dim), dtype=torch.float32)
     numbers = len(units) * by_query.most
     add_queries, add_keys = dq.dtype == torch.float32, d_own.k.dtype == torch.float32
-    rounds = key_units(table, kv_heads, device)
+    rounds = key_units(table.head_table, kv_heads, device)
     for b in range(q.shape[0]):
         _start_values[(-(-padded // 1024), heads)](
             lse[b], delta[b], start_lse, start_delta, tokens, padded, scale, *lse.stride()[1:], *delta.stride()[1:],

@@ -235,7 +235,7 @@ def forward(
     work = query_work(table, device, programs_at_once(device))
     if work.most == 0:
         return
-    units, size, side_by_side = query_units(table, own.k.shape[2], packs(table.block_q), device)
+    units, size, side_by_side = query_units(table.head_table, own.k.shape[2], packs(table.block_q), device)
     size_2 = triton.next_power_of_2(size)
     rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))

@@ -371,7 +371,7 @@ def backward(
     kv_heads, v_dim = own.v.shape[2:]
     share = heads // kv_heads
     programs = programs_at_once(device)
-    units, size, side_by_side = query_units(table, kv_heads, packs(table.block_q), device)
+    units, size, side_by_side = query_units(table.head_table, kv_heads, packs(table.block_q), device)
     by_query = query_work(table, device, programs)
     if by_query.most == 0:
         return
@@ -405,7 +405,7 @@ def backward(
             ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=by_query.one_table, **shared,
         )  # fmt: skip
         add_query_slots(dq[b], slots, table, by_query, units, size)
-        for kv_units in key_units(table, kv_heads, device):
+        for kv_units in key_units(table.head_table, kv_heads, device):
             columns = min(page_rows, 32 if scalar else 64 if small else 128)
             subs = -(-table.block_k // columns)
             _grad_keys[(len(kv_units) * by_key.most * subs,)](

@@ -9,6 +9,7 @@ a row leave partial results in slots, which a second kernel adds up, in order: t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,41 +201,38 @@ def longest_piece(even: float) -> int:
     return max(_SHORTEST, int(_LONGEST * even))
 
 
-def query_units(table: AnyTable, kv_heads: int, pack: bool, device: torch.device) -> tuple[Tensor, int, int]:
+@lru_cache(maxsize=64)
+def query_units(
+    head_table: tuple[int, ...], kv_heads: int, pack: bool, device: torch.device
+) -> tuple[Tensor, int, int]:
     """Units of query heads: one head, or with ``pack`` all that share a key/value head, where they share a table.
+
+    Kept, so that only the first of many tables waits until units are on the device.
 
     Returns:
         units int32 [n, UNIT], heads of each, and how many units beside each other read the same keys.
     """
-    key = ("query units", kv_heads, pack, device)
-    if key not in table.cache:
-        heads = len(table.head_table)
-        share = heads // kv_heads
-        alike = all(len({*table.head_table[h : h + share]}) == 1 for h in range(0, heads, share))
-        size = share if pack and alike else 1
-        units = [(table.head_table[h], h, h // share, size) for h in range(0, heads, size)]
-        there = torch.tensor(units, dtype=torch.int32, device=device)
-        table.cache[key] = there, size, share // size if alike else 1
-    made: tuple[Tensor, int, int] = table.cache[key]
-    return made
+    heads = len(head_table)
+    share = heads // kv_heads
+    alike = all(len({*head_table[h : h + share]}) == 1 for h in range(0, heads, share))
+    size = share if pack and alike else 1
+    units = [(head_table[h], h, h // share, size) for h in range(0, heads, size)]
+    return torch.tensor(units, dtype=torch.int32, device=device), size, share // size if alike else 1
 
 
-def key_units(table: AnyTable, kv_heads: int, device: torch.device) -> list[Tensor]:
-    """Units by key/value head: runs of its query heads that share a table.
+@lru_cache(maxsize=64)
+def key_units(head_table: tuple[int, ...], kv_heads: int, device: torch.device) -> list[Tensor]:
+    """Units by key/value head: runs of its query heads that share a table. Kept, as those of queries.
 
     Returns:
         int32 [n, UNIT] each, to be run one after the other: a key/value head occurs once in each.
     """
-    key = ("key units", kv_heads, device)
-    if key not in table.cache:
-        share = len(table.head_table) // kv_heads
-        rounds: list[list[tuple[int, int, int, int]]] = []
-        for kv_head in range(kv_heads):
-            mine = range(kv_head * share, (kv_head + 1) * share)
-            for number, (index, members) in enumerate(groupby(mine, key=table.head_table.__getitem__)):
-                heads = list(members)
-                rounds += [[]] if number == len(rounds) else []
-                rounds[number].append((index, heads[0], kv_head, len(heads)))
-        table.cache[key] = [torch.tensor(units, dtype=torch.int32, device=device) for units in rounds]
-    made: list[Tensor] = table.cache[key]
-    return made
+    share = len(head_table) // kv_heads
+    rounds: list[list[tuple[int, int, int, int]]] = []
+    for kv_head in range(kv_heads):
+        mine = range(kv_head * share, (kv_head + 1) * share)
+        for number, (index, members) in enumerate(groupby(mine, key=head_table.__getitem__)):
+            heads = list(members)
+            rounds += [[]] if number == len(rounds) else []
+            rounds[number].append((index, heads[0], kv_head, len(heads)))
+    return [torch.tensor(units, dtype=torch.int32, device=device) for units in rounds]

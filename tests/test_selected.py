@@ -117,6 +117,24 @@ def test_what_is_selected_is_attended(name: str, cut: bool, kernel: str, monkeyp
     assert all(reference.max_error(found, right) < 1e-5 for found, right in pairs)
 
 
+@pytest.mark.gpu
+def test_the_host_does_not_wait() -> None:
+    case = CASES["full shapes"]
+    q, k = (torch.zeros(1, case.length, heads, DIM, device=DEVICE) for heads in (case.heads, case.kv_heads))
+    pages, nobody = Pages(k, k), Pages(k[:, :0], k[:, :0])
+    for mode in (0, 2):  # what stays on the device for later tables is put there by the first
+        out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
+        grads, d_pages = torch.zeros_like(q), Pages(torch.zeros_like(k), torch.zeros_like(k))
+        table, _ = table_of(case)
+        torch.cuda.set_sync_debug_mode(mode)  # 2: an error where the host would wait
+        try:
+            attention_forward(q, pages, nobody, table, out, lse, scale=0.3)
+            delta = row_deltas(out, q, torch.zeros_like(lse))
+            attention_backward(q, pages, nobody, table, q, lse, delta, grads, d_pages, nobody, scale=0.3)
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     selected = torch.zeros(1, 6, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"selected is torch.int32 \[1, 6, 2\]; expected torch.int32 \[2, 6, n\]"):
