@@ -229,9 +229,10 @@ class Documents(IntervalPattern):
         document = self._document(q)
         return self._bounds[document], self._bounds[document + 1]
 
-    def row_breaks(self, length: int) -> Ints:
+    def row_breaks(self, length: int) -> Ints | None:
         ends = self._bounds[1:-1]
-        return ends[: np.searchsorted(ends, length)]
+        ends = ends[: np.searchsorted(ends, length)]
+        return ends if 8 * len(ends) <= length else None  # as for short chunks
 
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
         bounds = self._bounds

@@ -117,8 +117,8 @@ def attention_backward(
 ) -> None:
     """Adds the gradients of what the table visits to ``dq``, ``d_own``, ``d_guests`` and ``d_bias``.
 
-    These have the accumulator's dtype (see :func:`accumulator_dtype`), or else 16 bits: then they begin as zeros, and
-    of all calls only one visits a row, so that nothing is rounded twice and a kernel may write instead of adding.
+    The first three have the accumulator's dtype (see :func:`accumulator_dtype`), or else 16 bits: then they begin as
+    zeros, and of all calls only one visits a row, so that nothing is rounded twice and a kernel may write and not add.
 
     Args:
         grad_out: [batch, tokens, heads, value_dim].

@@ -147,8 +147,10 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[
 
     Returns:
         float32 [batch, chunks, heads, dim], zeros where a chunk has no row, and float32 [chunks], how many rows count.
-        Sums are made in the order of rows, in float32.
+        Sums are made in float32, in an order in which neither other chunks nor the place of x in memory have a part.
     """
+    if x.stride(3) != 1:
+        x = x.contiguous()
     if x.is_cuda:
         from distattn.kernels import rows_triton
 
@@ -156,7 +158,9 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[
     rows = x.shape[1]
     chunks = -(-rows // chunk)
     counts = torch.ones(rows) if left_out is None else (~left_out).float()
-    values = x.float() if left_out is None else x.float().masked_fill(left_out[:, None, None], 0.0)
+    values = x.contiguous().float()
+    if left_out is not None:
+        values = values.masked_fill(left_out[:, None, None], 0.0)
     padding = chunks * chunk - rows
     sums = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, padding)).unflatten(1, (chunks, chunk)).sum(2)
     counts = torch.nn.functional.pad(counts, (0, padding)).view(chunks, chunk).sum(1)

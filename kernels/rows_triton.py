@@ -34,7 +34,7 @@ def _move_rows(
         run = tl.where(fits, candidate, run)
     at = tl.load(places + run) + row - tl.load(before + run)
     head = tl.load(places + 2 * runs + 1 + number)
-    d = tl.arange(0, DIM_2)
+    d = tl.arange(0, DIM_2).to(tl.int64)
     mask = there[:, None] & (d < DIM)
     x_at = x + batch * x_b + head * x_h + at[:, None] * x_n + d * x_d
     flat_at = flat + ((batch * count + row) * HEADS + number)[:, None] * DIM + d
@@ -118,8 +118,8 @@ def _chunk_means(
     DIM_2: tl.constexpr, SOME_LEFT_OUT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, head, batch)."""
-    number, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, DIM_2)
+    number, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, DIM_2).to(tl.int64)
     first = number.to(tl.int64) * chunk
     size = tl.minimum(rows - first, chunk)
     total = tl.zeros([DIM_2], tl.float32)

@@ -18,6 +18,9 @@ from distattn.kernels import work
 from distattn.kernels.masks import Masks
 from distattn.kernels.table import TileTable
 
+# Kernels count the parts of visits in int32, up to 8 of each.
+_MOST = 1 << 28
+
 
 @dataclass(frozen=True, eq=False)
 class SelectedTable:
@@ -51,6 +54,8 @@ class SelectedTable:
             raise ValueError(
                 f"selected is {self.selected.dtype} {list(shape)}; expected torch.int32 [{tables}, {self.tiles}, n]"
             )
+        if self.selected.numel() >= _MOST:
+            raise ValueError(f"selected has {self.selected.numel()} entries; expected fewer than {_MOST}")
         if self.masks is None:
             return
         wanted = (*shape, self.block_q, -(-self.block_k // 32))
@@ -59,6 +64,8 @@ class SelectedTable:
             raise ValueError(f"masks is {found}; expected torch.int32 {list(wanted)}")
         if self.masks.device != self.selected.device:
             raise ValueError(f"masks is on {self.masks.device}; expected {self.selected.device}, like selected")
+        if not self.masks.is_contiguous():
+            raise ValueError(f"masks has strides {self.masks.stride()}; expected a contiguous tensor")
 
     @property
     def tables(self) -> int:
@@ -92,35 +99,46 @@ class SelectedTable:
         chosen = self.selected.reshape(rows, number)
         page, place = torch.where(chosen < 0, self.pages, chosen).sort(dim=1)
         row = torch.arange(rows, device=chosen.device)
-        entry = (row[:, None] * number + place).flatten()
+        entry = (row[:, None] * number + place).int().flatten()
         count = (chosen >= 0).sum(dim=1)
-        return self._work(count, row * number, page.flatten(), entry, self.tiles, programs, 1)
+        return self._work(count, row * number, page.flatten(), entry, self.tiles, number, programs, 1)
 
     def key_work(self, programs: int, share: int) -> work.Work:
         """Items of key pages, each for ``share`` query heads."""
-        chosen = self.selected.flatten().long()
-        entry = torch.arange(chosen.numel(), device=chosen.device)
+        chosen = self.selected.flatten()
+        entry = torch.arange(chosen.numel(), device=chosen.device, dtype=torch.int32)
         number = self.selected.shape[2]
-        table, tile = entry // (self.tiles * number), entry // number % self.tiles
-        owner = torch.where(chosen < 0, self.tables * self.pages, table * self.pages + chosen)
-        owner, order = owner.sort(stable=True)
-        edges = torch.arange(self.tables * self.pages + 1, device=chosen.device)
+        owner = entry // (self.tiles * number) * self.pages + chosen
+        owner, order = torch.where(chosen < 0, self.tables * self.pages, owner).sort(stable=True)
+        edges = torch.arange(self.tables * self.pages + 1, device=chosen.device, dtype=torch.int32)
         first = torch.searchsorted(owner, edges)
-        return self._work(first.diff(), first[:-1], tile[order], order, self.pages, programs, share)
+        tile = (entry // number % self.tiles)[order]
+        return self._work(first.diff(), first[:-1], tile, order.int(), self.pages, self.tiles, programs, share)
 
     def _work(
-        self, count: Tensor, first: Tensor, other: Tensor, entry: Tensor, rows_of_table: int, programs: int, share: int
+        self,
+        count: Tensor,
+        first: Tensor,
+        other: Tensor,
+        entry: Tensor,
+        rows_of_table: int,
+        most: int,
+        programs: int,
+        share: int,
     ) -> work.Work:
         """As work.make_items.
 
-        Row r visits ``other[first[r] + i]`` for i < count[r], each with mask ``entry[first[r] + i]``.
+        Row r visits ``other[first[r] + i]`` for i < count[r], which is ``most`` at most, each with mask
+        ``entry[first[r] + i]``. Every table has as many entries.
         """
-        device, rows, most = count.device, len(count), len(other)
-        longest = work.longest_piece(most * len(self.head_table) / self.tables / programs / share)
+        device, rows, entries = count.device, len(count), len(other) // self.tables
+        # Each cut leaves a partial result of all heads: not more of them than programs.
+        longest = max(work.longest_piece(entries * len(self.head_table) / programs / share), len(other) // programs, 1)
+        # Of a table: ceil(count / longest) summed up is no more than its rows and this.
+        cuts = entries // longest if most > longest else 0
         pieces = (count + longest - 1) // longest
         stop = pieces.cumsum(0)
-        bound = rows + most // longest  # ceil(count / longest) summed up is no more
-        number = torch.arange(bound, device=device)
+        number = torch.arange(rows + self.tables * cuts, device=device)
         row = torch.searchsorted(stop, number, right=True).clamp_max(rows - 1)
         exists = number < stop[-1]
         piece = number - (stop - pieces)[row]
@@ -139,7 +157,7 @@ class SelectedTable:
         table = table // (most + 1)
         tables = torch.arange(self.tables + 1, device=device)
         is_cut = pieces > 1
-        cut_rows = (~is_cut).to(torch.int8).sort(stable=True)[1][: most // longest]
+        cut_rows = (~is_cut).to(torch.int8).sort(stable=True)[1][: self.tables * cuts]
         first_slot = torch.where(is_cut, pieces, 0).cumsum(0) - pieces
         split = torch.stack((cut_rows, first_slot[cut_rows], pieces[cut_rows]), dim=1)
         split_ptr = torch.cat((tables[:1], is_cut.view(self.tables, rows_of_table).sum(1).cumsum(0)))
@@ -149,19 +167,20 @@ class SelectedTable:
 
         empty = other[:0]
         if self.masks is None:
-            visited = work.Visits(there(other), there(torch.ones_like(other)), there(empty), there(empty), there(empty))
+            ones = torch.ones_like(other)
+            visited = work.Visits(there(other), there(ones), there(empty, 2), there(empty, 2), there(empty))
         else:
-            visited = work.Visits(there(empty), there(empty), there(other), there(entry), self.masks)
+            visited = work.Visits(there(empty), there(empty), there(other, 2), there(entry, 2), self.masks)
         return work.Work(
             visits=visited,
             items=there(torch.stack(columns, dim=1)[order]),
             item_ptr=there(torch.searchsorted(table, tables)),
-            most=bound,
-            slots=2
-            * (most // longest),  # a row is cut if count > longest, and ceil(count / longest) < 2 count / longest
+            most=rows_of_table + cuts,
+            # Rows are cut if count > longest, where ceil(count / longest) < 2 count / longest.
+            slots=2 * self.tables * cuts,
             split=there(split),
             split_ptr=there(split_ptr),
-            most_split=most // longest,
+            most_split=cuts,
             one_table=False,  # how many items there are, only item_ptr tells
         )
 

@@ -53,7 +53,7 @@ class Work:
 
     visits: the table.
     items: int32 [items, ITEM], by table, longest first. All arrays have an entry more, which nobody needs, those of
-        PARTIAL visits have two, and the masks one mask.
+        PARTIAL visits have two, and the masks of a TileTable one mask.
     item_ptr: int32 [tables + 1].
     most: the largest number of items of a table.
     slots: number of partial results.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distattn import reference
 from distattn.kernels import work
-from distattn.kernels.attention import Choice, Pages, attention_backward, attention_forward, row_deltas
+from distattn.kernels.attention import Biases, Choice, Pages, attention_backward, attention_forward, row_deltas
 from distattn.kernels.selected import SelectedTable
 
 DIM = 16
@@ -25,12 +25,14 @@ class Case(NamedTuple):
     head_table: tuple[int, ...]
     selected: int
     masked: bool
+    more: bool = False  # guests, a bias and a batch of two
 
 
 CASES = {
     "a token's heads choose together": Case(21, 1, 8, 6, 2, (0, 0, 0, 1, 1, 1), 2, True),
-    "whole pages": Case(24, 1, 6, 4, 2, (0, 0, 1, 1), 2, False),
+    "whole pages": Case(24, 1, 4, 4, 2, (0, 0, 1, 1), 4, False),
     "tiles of tokens, a table for all": Case(90, 16, 16, 4, 1, (0, 0, 0, 0), 4, True),
+    "guests, a bias and a batch": Case(90, 16, 16, 4, 2, (0, 0, 1, 1), 4, True, True),
     "full shapes": Case(600, 1, 64, 32, 2, (0,) * 16 + (1,) * 16, 6, True),
     "a table a head": Case(60, 8, 12, 3, 3, (0, 1, 2), 2, False),
 }
@@ -55,8 +57,8 @@ def table_of(case: Case) -> tuple[SelectedTable, Tensor]:
         case.block_q,
         case.block_k,
         tiles,
-        pages,
-        0,
+        pages - pages // 2 * case.more,
+        pages // 2 * case.more,
         case.head_table,
         torch.from_numpy(selected.astype(np.int32)).to(DEVICE),
         torch.from_numpy(words.view(np.int32)).to(DEVICE) if case.masked else None,
@@ -70,9 +72,10 @@ def table_of(case: Case) -> tuple[SelectedTable, Tensor]:
     return table, torch.from_numpy(allowed[list(case.head_table), : case.length, : case.length]).to(DEVICE)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     share = q.shape[2] // k.shape[2]
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k.repeat_interleave(share, 2)) * scale
+    scores = scores + bias.repeat_interleave(share, 2).transpose(1, 2).unsqueeze(2)
     lse = scores.masked_fill(~allowed, -torch.inf).logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp() * allowed
     return torch.einsum("bhnm,bmhd->bnhd", weights, v.repeat_interleave(share, 2)), lse.transpose(1, 2)
@@ -92,28 +95,51 @@ def test_what_is_selected_is_attended(name: str, cut: bool, kernel: str, monkeyp
     if cut:
         monkeypatch.setattr(work, "_SHORTEST", 2)
         monkeypatch.setattr(work, "_LONGEST", 0.0)
+        for module in ("attention_triton", "attention_triton_backward"):  # partial results are no more than programs
+            monkeypatch.setattr(f"distattn.kernels.{module}.programs_at_once", lambda _: 10_000)
     case = CASES[name]
     table, allowed = table_of(case)
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(1, case.length, heads, DIM, generator=generator).to(DEVICE)
-        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    )
-    grad_lse = torch.randn(1, case.length, case.heads, generator=generator).to(DEVICE)
-    own, nobody = Pages(k, v), Pages(k[:, :0], v[:, :0])
-    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
-    attention_forward(q, own, nobody, table, out, lse, scale=0.3)
-    delta = row_deltas(out, grad, grad_lse)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    d_nobody = Pages(dk[:, :0], dv[:, :0])
-    attention_backward(q, own, nobody, table, grad, lse, delta, dq, Pages(dk, dv), d_nobody, scale=0.3)
+    batch = 1 + case.more
 
-    double = [x.double().requires_grad_() for x in (q, k, v)]
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch, case.length, *shape, generator=generator).to(DEVICE)
+
+    q, k, v, grad = (random(heads, DIM) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads))
+    grad_lse, bias = random(case.heads), random(case.kv_heads) * case.more
+    own_rows = min(table.own_pages * case.block_k, case.length)
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rank's own rows, and whole pages of guests."""
+        guests = x.new_zeros(batch, table.guest_pages * case.block_k, *x.shape[2:])
+        guests[:, : case.length - own_rows] = x[:, own_rows:]
+        return x[:, :own_rows].contiguous(), guests
+
+    own, guests = (Pages(*pair) for pair in zip(split(k), split(v), strict=True))
+    biases = Biases(*split(bias)) if case.more else None
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
+    attention_forward(q, own, guests, table, out, lse, scale=0.3, bias=biases)
+    delta = row_deltas(out, grad, grad_lse)
+    dq = torch.zeros_like(q)
+    d_own, d_guests = (Pages(*map(torch.zeros_like, pages)) for pages in (own, guests))
+    d_biases = Biases(*map(torch.zeros_like, biases)) if biases else None
+    attention_backward(
+        q, own, guests, table, grad, lse, delta, dq, d_own, d_guests, scale=0.3, bias=biases, d_bias=d_biases
+    )
+    joined = [torch.cat(pair, 1)[:, : case.length] for pair in zip(d_own, d_guests, strict=True)]
+    if d_biases:
+        joined.append(torch.cat(d_biases, 1)[:, : case.length])
+
+    double = [x.double().requires_grad_() for x in (q, k, v, bias)]
     expected, expected_lse = dense(*double, allowed, 0.3)
     seen = expected_lse > -torch.inf
     assert not seen.all() and torch.equal(lse > -torch.inf, seen)
     wanted = torch.autograd.grad((expected * grad).sum() + (expected_lse * grad_lse)[seen].sum(), double)
-    pairs = [(out, expected), (lse[seen], expected_lse[seen]), *zip((dq, dk, dv), wanted, strict=True)]
+    if cut:
+        slots = {key[0]: found.slots for key, found in table.cache.items()}  # type: ignore[index]
+        assert slots["key"] and (slots["query"] or case.selected <= 2)
+    assert len(joined) == 2 + case.more
+    pairs = [(out, expected), (lse[seen], expected_lse[seen]), *zip((dq, *joined), wanted, strict=False)]
     assert all(reference.max_error(found, right) < 1e-5 for found, right in pairs)
 
 
@@ -141,6 +167,8 @@ def test_what_does_not_fit_is_refused() -> None:
         SelectedTable(16, 16, 6, 6, 0, (0, 1), selected)
     with pytest.raises(ValueError, match=r"masks is torch.int64 \[1, 6, 2, 16, 1\]; expected torch.int32"):
         SelectedTable(16, 16, 6, 6, 0, (0,), selected, torch.zeros(1, 6, 2, 16, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="masks has strides"):
+        SelectedTable(16, 16, 6, 6, 0, (0,), selected, torch.zeros(1, 6, 16, 2, 1, dtype=torch.int32).transpose(2, 3))
     q = torch.zeros(1, 90, 1, DIM)
     table, pages, nobody = SelectedTable(16, 16, 6, 6, 0, (0,), selected), Pages(q, q), Pages(q[:, :0], q[:, :0])
     with pytest.raises(ValueError, match="own has 90 rows; expected 96, whole pages of 16"):
