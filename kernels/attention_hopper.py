@@ -36,16 +36,21 @@ from distattn.kernels.walk_hopper import (
     rows_descriptor,
     unpacked,
 )
-from distattn.kernels.walk_triton import first_full, item_of_round, next_full, partial_range, slot_of
+from distattn.kernels.walk_triton import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    first_full,
+    item_of_round,
+    next_full,
+    partial_range,
+    slot_of,
+)
 from distattn.kernels.work import query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
 
-_LOG2_E = gl.constexpr(1.4426950408889634)
-_LN_2 = gl.constexpr(0.6931471805599453)
-# Below every score and finite: keeps exp2(-inf - max) a zero and not a NaN in rows that attend to nothing.
-_LOWEST = gl.constexpr(-1e30)
 _STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
 _QUERY_BUFFERS = gl.constexpr(2)  # query tiles
 
@@ -210,7 +215,7 @@ def _multiply(
             if MASKS:
                 if begin < end:
                     scores = masked_by(words, scores, "0xff800000", COLUMNS)
-            lowest = gl.full([GROUP_ROWS], _LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+            lowest = gl.full([GROUP_ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
             fresh, high = _weights_of(scores, 0, lowest, scale, False, COLUMNS)
             total = _sums(fresh)
             weights = packed(fresh, dtype)
@@ -245,7 +250,7 @@ def _multiply(
             column = gl.arange(0, V_DIM, gl.SliceLayout(0, ACC))
             if slot >= 0:
                 at = (slot.to(gl.int64) * ALL_HEADS + head) * TILE
-                gl.store(slot_lse + at + row, row_lse * _LN_2)
+                gl.store(slot_lse + at + row, row_lse * LN_2)
                 acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
                 gl.store(slot_out + (at + acc_row)[:, None] * V_DIM + column[None, :], acc)
             else:
@@ -255,8 +260,8 @@ def _multiply(
                     out_at = out + (tile * TILE + acc_row)[:, None] * out_n + head * out_h + column[None, :]
                     out_there = (tile * TILE + acc_row < tokens)[:, None] & (column < V_DIM)[None, :]
                     if RESUME:
-                        before = gl.load(lse_at, mask=there, other=float("-inf")) * _LOG2_E
-                        both = gl.maximum(gl.maximum(row_lse, before), _LOWEST)
+                        before = gl.load(lse_at, mask=there, other=float("-inf")) * LOG2_E
+                        both = gl.maximum(gl.maximum(row_lse, before), LOWEST)
                         share = gl.exp2(before - both)
                         whole = share + gl.exp2(row_lse - both)
                         factor *= gl.exp2(row_lse - both) / gl.where(whole == 0.0, 1.0, whole)
@@ -274,7 +279,7 @@ def _multiply(
                     fence_async_shared()
                     tma.async_copy_shared_to_global(out, [tile * TILE + GROUP * GROUP_ROWS, head * out_h], query)
                     tma.store_wait(0)
-                gl.store(lse_at, row_lse * _LN_2, mask=there)
+                gl.store(lse_at, row_lse * LN_2, mask=there)
             mbarrier.arrive(q_empty.index(buffer), count=1)
             turn += 1
 
@@ -369,7 +374,7 @@ def forward(
             out[b] if continued else rows_descriptor(out[b], 64), lse[b], slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
             visits.part_mask, visits.masks, q.shape[1], table.own_pages, table.tiles, work.most, numbers,
-            scale * _LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
+            scale * LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
             SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
             CONTINUED=continued, RESUME=resume, num_warps=4,
         )  # fmt: skip

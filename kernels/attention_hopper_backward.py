@@ -25,12 +25,11 @@ from distattn.kernels.attention_triton import programs_at_once
 from distattn.kernels.attention_triton_backward import add_key_slots, add_query_slots
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import line_descriptor, rows_descriptor
+from distattn.kernels.walk_triton import LOG2_E
 from distattn.kernels.work import key_units, key_work, query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
-
-_LOG2_E = 1.4426950408889634
 
 
 @triton.jit(do_not_specialize=["tokens", "padded"])
@@ -90,7 +89,7 @@ def backward(
         grad_queries[(min(numbers, programs),)](
             *rows, start_lse, start_delta, dq[b] if add_queries else rows_descriptor(dq[b], 64), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
-            tokens, table.own_pages, table.tiles, by_query.most, numbers, padded, scale * _LOG2_E, *heads_apart,
+            tokens, table.own_pages, table.tiles, by_query.most, numbers, padded, scale * LOG2_E.value, *heads_apart,
             *dq.stride()[1:3], SIDE_BY_SIDE=side_by_side, ONE_TABLE=by_query.one_table, ALL_HEADS=heads,
             ADD=add_queries, num_warps=4,
         )  # fmt: skip
@@ -100,7 +99,7 @@ def backward(
         for kv_units in rounds:
             grad_keys[(len(kv_units) * by_key.most,)](
                 *rows, *lines, *grads, slot_dk, slot_dv, by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
-                own.k.shape[1], table.own_pages, table.pages, by_key.most, padded, scale * _LOG2_E, *heads_apart,
+                own.k.shape[1], table.own_pages, table.pages, by_key.most, padded, scale * LOG2_E.value, *heads_apart,
                 ONE_TABLE=by_key.one_table, KV_HEADS=kv_heads, ADD=add_keys, num_warps=4,
             )  # fmt: skip
             add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)

@@ -16,11 +16,11 @@ from distattn.kernels.walk_hopper import (
     masked_by_transposed,
     packed,
     product_layout,
-    put_rows,
     store_rows,
     unpacked,
 )
 from distattn.kernels.walk_triton import (
+    LN_2,
     find_item,
     first_full,
     next_full,
@@ -30,7 +30,6 @@ from distattn.kernels.walk_triton import (
     slot_of,
 )
 
-_LN_2 = gl.constexpr(0.6931471805599453)
 _STAGES = gl.constexpr(5)  # half tiles of queries, with their gradients, on their way
 
 
@@ -163,7 +162,7 @@ def _multiply_for_keys(
                 step += 1
         operand = unpacked(d_scores, k_buffers.dtype, ACC)
         dk = warpgroup_mma(operand, q_buffers.index((step - 1) % _STAGES), dk, is_async=True)
-        dk = warpgroup_mma_wait(0, deps=[dk]) * (scale_log2 * _LN_2)
+        dk = warpgroup_mma_wait(0, deps=[dk]) * (scale_log2 * LN_2)
         if slot < 0:
             length = page_length(page, own_pages, own_rows, 0, TILE)
             at, _ = page_rows(dk_pages, guest_dk, KV_HEADS * DIM, KV_HEADS * DIM, page, own_pages, 0, TILE)
@@ -172,8 +171,8 @@ def _multiply_for_keys(
             store_rows(at + kv_head * V_DIM, KV_HEADS * V_DIM, length, dv, V_DIM, GROUP, ADD)
         else:
             first = (slot.to(gl.int64) * KV_HEADS + kv_head) * TILE
-            put_rows(slot_dk + first * DIM, dk, DIM, GROUP)
-            put_rows(slot_dv + first * V_DIM, dv, V_DIM, GROUP)
+            store_rows(slot_dk + first * DIM, DIM, TILE, dk, DIM, GROUP, False)
+            store_rows(slot_dv + first * V_DIM, V_DIM, TILE, dv, V_DIM, GROUP, False)
 
 
 @gluon.jit(do_not_specialize=["own_rows", "own_pages", "pages", "most", "padded"])

@@ -19,13 +19,11 @@ from distattn.kernels.walk_hopper import (
     masked_by,
     packed,
     product_layout,
-    put_rows,
     store_rows,
     unpacked,
 )
-from distattn.kernels.walk_triton import first_full, item_of_round, next_full, partial_range, slot_of
+from distattn.kernels.walk_triton import LN_2, first_full, item_of_round, next_full, partial_range, slot_of
 
-_LN_2 = gl.constexpr(0.6931471805599453)
 _STAGES = gl.constexpr(5)  # half pages of K, and of V, on their way
 
 
@@ -171,10 +169,11 @@ def _multiply_for_queries(
             last = (step - 1) % _STAGES
             operand = unpacked(d_scores, q_buffers.dtype, ACC)
             dq = warpgroup_mma(operand, k_buffers.index(last), dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq]) * (scale_log2 * _LN_2)
+            dq = warpgroup_mma_wait(0, deps=[dq]) * (scale_log2 * LN_2)
             mbarrier.arrive(k_empty.index(last), count=1)
             if slot >= 0:
-                put_rows(slots + (slot.to(gl.int64) * ALL_HEADS + head) * TILE * DIM, dq, DIM, GROUP)
+                at = slots + (slot.to(gl.int64) * ALL_HEADS + head) * TILE * DIM
+                store_rows(at, DIM, TILE, dq, DIM, GROUP, False)
             elif ADD:
                 at = dq_rows + (tile * TILE).to(gl.int64) * dq_n + head * dq_h
                 store_rows(at, dq_n, tokens - tile * TILE, dq, DIM, GROUP, True)

@@ -15,6 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from distattn.kernels.walk_triton import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
     UNIT_SIZE,
     find_item,
     first_full,
@@ -32,11 +35,6 @@ from distattn.kernels.work import Work, query_units, query_work
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
     from distattn.kernels.selected import AnyTable
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# Below every score and finite: keeps exp2(-inf - max) a zero and not a NaN in rows that attend to nothing.
-_LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -78,7 +76,7 @@ def _forward(
     SUBS: tl.constexpr = (BLOCK_K + COLUMNS - 1) // COLUMNS
     EVEN: tl.constexpr = (SUBS * COLUMNS == BLOCK_K) and (DIM == DIM_2) and (V_DIM == V_DIM_2)
     queries = tl.load(q + (row * q_n + head * q_h)[:, None] + d, mask=is_row[:, None] & (d < DIM), other=0.0)
-    scale = scale * _LOG2_E
+    scale = scale * LOG2_E
     k += kv_head * k_h
     v += kv_head * v_h
     guest_k += kv_head * guest_k_h
@@ -86,7 +84,7 @@ def _forward(
     bias += kv_head * bias_h
     guest_bias += kv_head * guest_bias_h
 
-    high = tl.full([ROWS], _LOWEST, tl.float32)
+    high = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
     out_at = out + (row * out_n + head * out_h)[:, None] + dv
@@ -94,8 +92,8 @@ def _forward(
     lse_at = lse + row * lse_n + head * lse_h
     if RESUME:
         if slot < 0:
-            before = tl.load(lse_at, mask=is_row, other=float("-inf")) * _LOG2_E
-            high = tl.maximum(before, _LOWEST)
+            before = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
+            high = tl.maximum(before, LOWEST)
             total = tl.exp2(before - high)
             acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
 
@@ -142,7 +140,7 @@ def _forward(
         run, page, left = next_full(full_first, full_count, run, page, left, (i % SUBS + 1) // SUBS)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    row_lse = (high + tl.log2(total)) * _LN_2
+    row_lse = (high + tl.log2(total)) * LN_2
     if slot < 0:
         tl.store(out_at, acc.to(out.dtype.element_ty), mask=out_mask)
         tl.store(lse_at, row_lse, mask=is_row)
@@ -172,17 +170,17 @@ def _merge_slots(
     out_at = out + (row * out_n + head * out_h)[:, None] + dv
     out_mask = is_row[:, None] & (dv < V_DIM)
     lse_at = lse + row * lse_n + head * lse_h
-    high = tl.full([ROWS], _LOWEST, tl.float32)
+    high = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
     if RESUME:
-        before = tl.load(lse_at, mask=is_row, other=float("-inf")) * _LOG2_E
-        high = tl.maximum(before, _LOWEST)
+        before = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
+        high = tl.maximum(before, LOWEST)
         total = tl.exp2(before - high)
         acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
     for number in range(tl.load(split + index * 3 + 2)):
         at = ((slot0 + number).to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
-        part = tl.load(slot_lse + at, mask=is_row, other=float("-inf")) * _LOG2_E
+        part = tl.load(slot_lse + at, mask=is_row, other=float("-inf")) * LOG2_E
         new_high = tl.maximum(high, part)
         fade = tl.exp2(high - new_high)
         weight = tl.exp2(part - new_high)
@@ -192,7 +190,7 @@ def _merge_slots(
         high = new_high
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=out_mask)
-    tl.store(lse_at, (high + tl.log2(total)) * _LN_2, mask=is_row)
+    tl.store(lse_at, (high + tl.log2(total)) * LN_2, mask=is_row)
 
 
 def programs_at_once(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distattn.kernels.attention_triton import packs, precision, programs_at_once, warps
 from distattn.kernels.walk_triton import (
+    LOG2_E,
     UNIT_SIZE,
     find_item,
     first_full,
@@ -35,8 +36,6 @@ from distattn.kernels.work import Work, key_units, key_work, query_units, query_
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
     from distattn.kernels.selected import AnyTable
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,7 +69,7 @@ def row_deltas(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:
 @triton.jit
 def _row_values(lse, delta, lse_at, delta_at, is_row):
     """LSE in base 2 and delta of some rows. exp2(s - inf) = 0: rows that attend to nothing give no gradient."""
-    row_lse = tl.load(lse + lse_at, mask=is_row, other=float("inf")) * _LOG2_E
+    row_lse = tl.load(lse + lse_at, mask=is_row, other=float("inf")) * LOG2_E
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
     return row_lse, tl.load(delta + delta_at, mask=is_row, other=0.0)
 
@@ -121,7 +120,7 @@ def _grad_queries(
         grad_out + (row * grad_n + head * grad_h)[:, None] + dv, mask=is_row[:, None] & (dv < V_DIM), other=0.0
     )
     row_lse, row_delta = _row_values(lse, delta, row * lse_n + head * lse_h, row * delta_n + head * delta_h, is_row)
-    scale2 = scale * _LOG2_E
+    scale2 = scale * LOG2_E
     k += kv_head * k_h
     v += kv_head * v_h
     guest_k += kv_head * guest_k_h
@@ -252,7 +251,7 @@ def _grad_keys(
     )
     keys = tl.load(k_page + column[:, None] * k_row + d, mask=k_mask, other=0.0)
     values = tl.load(v_page + column[:, None] * v_row + e, mask=v_mask, other=0.0)
-    scale2 = scale * _LOG2_E
+    scale2 = scale * LOG2_E
     acc_k = tl.zeros([COLUMNS, DIM_2], tl.float32)
     acc_v = tl.zeros([COLUMNS, V_DIM_2], tl.float32)
     acc_b = tl.zeros([COLUMNS], tl.float32)

@@ -165,15 +165,6 @@ def store_rows(at, stride, rows, values, DIM: gl.constexpr, GROUP: gl.constexpr,
     gl.store(there, values.to(at.dtype.element_ty), mask=exists)
 
 
-@gluon.jit
-def put_rows(at, values, DIM: gl.constexpr, GROUP: gl.constexpr):
-    """Writes values [64, DIM] to rows GROUP * 64 .. of a slot."""
-    ACC: gl.constexpr = product_layout(DIM)
-    row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ACC))
-    column = gl.arange(0, DIM, gl.SliceLayout(0, ACC))
-    gl.store(at + row[:, None] * DIM + column[None, :], values)
-
-
 def rows_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """For fetching ``rows`` rows of one head at a time from x [tokens, heads, dim]; see :func:`fetchable`.
 

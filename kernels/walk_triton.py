@@ -10,6 +10,10 @@ import triton.language as tl
 
 from distattn.kernels.work import ITEM, UNIT
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Below every score and finite: keeps exp2(-inf - max) a zero and not a NaN in rows that attend to nothing.
+LOWEST = tl.constexpr(-1e30)
 ITEM_SIZE = tl.constexpr(ITEM)
 UNIT_SIZE = tl.constexpr(UNIT)
 
@@ -112,7 +116,7 @@ def key_biases(
 ):
     """float32 [COLUMNS], in base 2: what is added to the scores of the keys of a page from row ``sub`` on."""
     at, row = page_rows(bias, guest_bias, bias_n, guest_n, page, own_pages, sub, BLOCK_K)
-    return tl.load(at + tl.arange(0, COLUMNS) * row, mask=there, other=0.0) * 1.4426950408889634
+    return tl.load(at + tl.arange(0, COLUMNS) * row, mask=there, other=0.0) * LOG2_E
 
 
 @triton.jit
