@@ -54,34 +54,42 @@ def _row_intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page:
     first = queries.first[tiles]
     k0 = keys.first[page].astype(np.int32)
     width = np.minimum(keys.block, keys.length - k0).astype(np.int32)
-    out = np.empty((len(row), 2, queries.block), np.int16)
-
     breaks = pattern.row_breaks(queries.length)
-    if breaks is not None:  # rows between them attend to the same keys, and are handled together
-        begin, count = np.searchsorted(breaks, first, side="right"), np.searchsorted(breaks, first + queries.block)
-        count -= begin
-        ptr = np.concatenate(([0], np.cumsum(count + 1)))  # the runs of each tile
-        at = np.empty(ptr[-1], np.int64)  # where they begin
-        begins_tile = np.zeros(len(at), np.bool_)
-        begins_tile[ptr[:-1]] = True
-        at[begins_tile], at[~begins_tile] = first, breaks[concat_ranges(begin, count)]
-        length = np.diff(at, append=0)
-        length[ptr[1:] - 1] = first + queries.block - at[ptr[1:] - 1]
-        ends = _ends(pattern, at, queries.length)
-        if ends is None:
-            return None
-        run, mask = concat_ranges(ptr[tile], count[tile] + 1), np.repeat(np.arange(len(tile)), count[tile] + 1)
-        for number, end in enumerate(_columns(ends[0][run], ends[1][run], k0[mask], width[mask])):
-            out[:, number] = np.repeat(end.astype(np.int16), length[run]).reshape(-1, queries.block)
-        return out
-
+    if breaks is not None:
+        return _by_runs(pattern, queries, breaks, first, tile, k0, width)
     ends = _ends(pattern, (first[:, None] + np.arange(queries.block)).ravel(), queries.length)
     if ends is None:
         return None
     low, high = (end.reshape(len(tiles), queries.block) for end in ends)
+    out = np.empty((len(row), 2, queries.block), np.int16)
     for i in range(0, len(row), _MASKS_AT_ONCE):
         some = slice(i, i + _MASKS_AT_ONCE)
         out[some, 0], out[some, 1] = _columns(low[tile[some]], high[tile[some]], k0[some, None], width[some, None])
+    return out
+
+
+def _by_runs(
+    pattern: Pattern, queries: Axis, breaks: Ints, first: Ints, tile: Ints, k0: Int32s, width: Int32s
+) -> NDArray[np.int16]:
+    """As :func:`_row_intervals`: rows between breaks attend to the same keys, and are handled together.
+
+    first: by tile. tile, k0, width: by mask.
+    """
+    begin = np.searchsorted(breaks, first, side="right")
+    count = np.searchsorted(breaks, first + queries.block) - begin
+    ptr = np.concatenate(([0], np.cumsum(count + 1)))  # the runs of each tile
+    at = np.empty(ptr[-1], np.int64)  # where they begin
+    begins_tile = np.zeros(len(at), np.bool_)
+    begins_tile[ptr[:-1]] = True
+    at[begins_tile], at[~begins_tile] = first, breaks[concat_ranges(begin, count)]
+    length = np.diff(at, append=0)
+    length[ptr[1:] - 1] = first + queries.block - at[ptr[1:] - 1]
+    ends = _ends(pattern, at, queries.length)
+    assert ends is not None, "a pattern with row_breaks has row_interval"
+    run, mask = concat_ranges(ptr[tile], count[tile] + 1), np.repeat(np.arange(len(tile)), count[tile] + 1)
+    out = np.empty((len(tile), 2, queries.block), np.int16)
+    for number, end in enumerate(_columns(ends[0][run], ends[1][run], k0[mask], width[mask])):
+        out[:, number] = np.repeat(end.astype(np.int16), length[run]).reshape(-1, queries.block)
     return out
 
 

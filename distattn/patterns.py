@@ -1,7 +1,8 @@
 """The attention patterns: frozen values, each defined by positions in its `allows`.
 
 This is the module to import patterns from. `Pattern` and what `&`, `|`, `~` build is in `distattn.algebra`,
-and the patterns that are tables of blocks in `distattn.block_patterns`; both are exported here as well.
+those that cut the sequence into segments in `distattn.segment_patterns`, and those that are tables of blocks in
+`distattn.block_patterns`; all are exported here as well.
 numpy only.
 """
 
@@ -30,6 +31,7 @@ from distattn.algebra import (
     as_positions,
 )
 from distattn.block_patterns import BlockSparse, RandomBlocks
+from distattn.segment_patterns import Chunked, Documents
 from distattn.spans import Bools, Ints, Spans
 
 __all__ = [
@@ -117,139 +119,6 @@ class DistanceBand(_Band):
     @property
     def _band(self) -> tuple[int, int]:
         return self.near, self.far - 1
-
-
-@dataclass(frozen=True)
-class Chunked(IntervalPattern):
-    """`q // size == k // size`: attention inside chunks of `size` positions.
-
-    With `before` and `after`, also to that many whole chunks on either side:
-    `q // size - before <= k // size <= q // size + after`.
-    Raises ValueError if size < 1 or if before or after is negative.
-    """
-
-    size: int
-    before: int = 0
-    after: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", as_int("size", self.size, 1))
-        object.__setattr__(self, "before", as_int("before", self.before, 0))
-        object.__setattr__(self, "after", as_int("after", self.after, 0))
-
-    def allows(self, q: ArrayLike, k: ArrayLike) -> Bools:
-        q, k = as_positions(q, k)
-        back = q // self.size - k // self.size
-        return np.asarray((back <= self.before) & (back >= -self.after))
-
-    def row_interval(self, q: ArrayLike) -> tuple[Ints, Ints]:
-        chunk = np.asarray(q, np.int64) // self.size
-        return np.maximum(chunk - self.before, 0) * self.size, (chunk + self.after + 1) * self.size
-
-    def row_breaks(self, length: int) -> Ints | None:
-        # With shorter chunks, nothing is gained over looking at every row.
-        return np.arange(self.size, length, self.size) if self.size >= 8 else None
-
-    def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
-        size = self.size
-        first = q0 // size
-        steps = (q0 + block_q - 1) // size - first
-        # The column in the tile where the interval of its first row begins and ends; each chunk adds `size`.
-        low, high = (first - self.before) * size - k0, (first + self.after + 1) * size - k0
-        last_low, last_high = low + steps * size, high + steps * size
-        nothing = (low >= block_k) | (last_high <= 0)
-        everything = (last_low <= 0) & (high >= block_k)
-        if size >= block_q:
-            # At most one chunk begins inside the tile: its row and the clipped ends say it all.
-            row = np.where(steps > 0, size - q0 % size, 0)
-            ends = (np.clip(end, 0, block_k) for end in (low, last_low, high, last_high))
-            return tile_labels.coded(nothing, everything, row, *ends)
-        low = np.where(last_low <= 0, -steps * size, np.minimum(low, block_k))
-        high = np.where(high >= block_k, block_k, high)
-        return tile_labels.coded(nothing, everything, q0 % size, low, high)
-
-
-@dataclass(frozen=True)
-class Documents(IntervalPattern):
-    """Attention inside packed documents of these lengths; positions after the last one take no part.
-
-    `lengths` are ints >= 0 (any iterable; else ValueError).
-    """
-
-    lengths: tuple[int, ...]
-
-    def __init__(self, lengths: Iterable[int]) -> None:
-        array = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths))
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ValueError(f"lengths is {lengths!r}; expected a sequence of integers")
-        if array.size and array.min() < 0:
-            raise ValueError(f"lengths contains {array.min()}; expected integers >= 0")
-        object.__setattr__(self, "lengths", tuple(array.tolist()))
-
-    @cached_property
-    def _bounds(self) -> Ints:
-        """Where documents begin, and the end of the last, twice: what comes after it is an empty document."""
-        bounds = np.zeros(len(self.lengths) + 2, np.int64)
-        np.cumsum(np.asarray(self.lengths, np.int64), out=bounds[1:-1])
-        bounds[-1] = bounds[-2]
-        return bounds
-
-    def _counts(self, x: Ints) -> Ints | None:
-        """How many of many ascending positions each document has, and what follows the last; None if they are not."""
-        if x.ndim != 1 or x.size <= len(self.lengths) or (x[1:] < x[:-1]).any():
-            return None
-        # Fewer look-ups: find each document's end among the positions.
-        return np.diff(np.searchsorted(x, self._bounds[1:-1]), prepend=0, append=x.size)
-
-    def _document(self, x: Ints) -> Ints:
-        """The document of each position; `len(lengths)` after the last one."""
-        count = self._counts(x)
-        if count is not None:
-            return np.repeat(np.arange(len(count), dtype=np.int64), count)
-        return np.searchsorted(self._bounds[1:-1], x, side="right")
-
-    def _document_of_pages(self, x: Ints, block: int) -> Ints:
-        """:meth:`_document` of many positions that are few multiples of ``block``."""
-        page = x // block
-        pages = int(page.max(initial=-1)) + 1
-        if pages > x.size or (page * block != x).any():
-            return self._document(x)
-        return self._document(np.arange(pages) * block)[page]
-
-    def allows(self, q: ArrayLike, k: ArrayLike) -> Bools:
-        q, k = as_positions(q, k)
-        document = self._document(q)
-        return np.asarray((document == self._document(k)) & (document < len(self.lengths)))
-
-    def row_interval(self, q: ArrayLike) -> tuple[Ints, Ints]:
-        q = np.asarray(q, np.int64)
-        count = self._counts(q)
-        if count is not None:
-            return np.repeat(self._bounds[:-1], count), np.repeat(self._bounds[1:], count)
-        document = self._document(q)
-        return self._bounds[document], self._bounds[document + 1]
-
-    def row_breaks(self, length: int) -> Ints | None:
-        ends = self._bounds[1:-1]
-        ends = ends[: np.searchsorted(ends, length)]
-        return ends if 8 * len(ends) <= length else None  # as for short chunks
-
-    def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
-        bounds = self._bounds
-        first = np.maximum(self._document(q0), self._document_of_pages(k0, block_k))
-        # Rows r0:r1 and columns c0:c1 are the first document that the tile's rows and columns share.
-        start, stop = bounds[first], bounds[first + 1]
-        r0, c0 = np.maximum(start - q0, 0), np.maximum(start - k0, 0)
-        r1, c1 = np.minimum(stop - q0, block_q), np.minimum(stop - k0, block_k)
-        codes = np.zeros(q0.shape, np.int64)
-        shares = (r1 > r0) & (c1 > c0)
-        more = shares & (r1 < block_q) & (c1 < block_k) & (stop < bounds[-1])
-        one = np.flatnonzero(shares & ~more)
-        codes[one] = tile_labels.rectangle(r0[one], r1[one], c0[one], c1[one], block_q, block_k)
-        # Tiles with several documents hardly ever repeat: each gets a code of its own.
-        several = np.flatnonzero(more)
-        codes[several] = np.arange(several.size) + ((block_q + 1) * (block_k + 1)) ** 2 + 2
-        return codes
 
 
 def _as_positions_value(name: str, positions: Iterable[int]) -> range | tuple[int, ...]:

@@ -149,12 +149,10 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[
         float32 [batch, chunks, heads, dim], zeros where a chunk has no row, and float32 [chunks], how many rows count.
         Sums are made in float32, in an order in which neither other chunks nor the place of x in memory have a part.
     """
-    if x.stride(3) != 1:
-        x = x.contiguous()
     if x.is_cuda:
         from distattn.kernels import rows_triton
 
-        return rows_triton.chunk_means(x, chunk, left_out)
+        return rows_triton.chunk_means(x if x.stride(3) == 1 else x.contiguous(), chunk, left_out)
     rows = x.shape[1]
     chunks = -(-rows // chunk)
     counts = torch.ones(rows) if left_out is None else (~left_out).float()

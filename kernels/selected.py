@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +15,17 @@ from torch import Tensor
 
 from distattn.kernels import work
 from distattn.kernels.masks import Masks
-from distattn.kernels.table import TileTable
+from distattn.kernels.table import TileTable, Tiling
 
 # Kernels count the parts of visits in int32, up to 8 of each.
 _MOST = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
-class SelectedTable:
+class SelectedTable(Tiling):
     """Tiles of the score matrix, by query tile; serves wherever a :class:`TileTable` does.
 
-    Attributes:
-        block_q, block_k, tiles, own_pages, guest_pages, head_table: as in a TileTable.
+    Attributes, beside those of a Tiling:
         selected: int32 [tables, tiles, n]: the pages that each query tile visits, in any order and none twice; a number
             below 0 is no page.
         masks: int32 [tables, tiles, n, block_q, ceil(block_k / 32)], contiguous, on the same device: which pairs of
@@ -38,12 +36,6 @@ class SelectedTable:
         ValueError: shapes, dtypes or devices are others.
     """
 
-    block_q: int
-    block_k: int
-    tiles: int
-    own_pages: int
-    guest_pages: int
-    head_table: tuple[int, ...]
     selected: Tensor
     masks: Tensor | None = None
 
@@ -72,18 +64,9 @@ class SelectedTable:
         return self.selected.shape[0]
 
     @property
-    def pages(self) -> int:
-        return self.own_pages + self.guest_pages
-
-    @property
     def is_empty(self) -> bool:
         """Whether there is no place for a page to visit; whether one is named, only the device knows."""
         return self.selected.numel() == 0 or self.pages == 0
-
-    @cached_property
-    def cache(self) -> dict[object, Any]:
-        """What kernels have made of the table."""
-        return {}
 
     def check_rows(self, own_rows: int) -> None:
         """Raises ValueError if a page may be selected of which only a part exists and no mask says so."""

@@ -20,7 +20,37 @@ Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
-class TileTable:
+class Tiling:
+    """How the score matrix is cut into tiles, and which query heads share a table of them.
+
+    Attributes:
+        block_q: rows of a query tile; the last tile may be short.
+        block_k: rows of a page.
+        tiles: query tiles of a table.
+        own_pages: pages ``0 .. own_pages - 1`` are rows ``page * block_k ...`` of the rank's own K and V.
+        guest_pages: pages ``own_pages ..`` lie one after the other in the guest buffer.
+        head_table: for each query head, the table that it reads.
+    """
+
+    block_q: int
+    block_k: int
+    tiles: int
+    own_pages: int
+    guest_pages: int
+    head_table: tuple[int, ...]
+
+    @property
+    def pages(self) -> int:
+        return self.own_pages + self.guest_pages
+
+    @cached_property
+    def cache(self) -> dict[object, Any]:
+        """What kernels have made of the table, such as its copy on a device."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class TileTable(Tiling):
     """Tiles of the score matrix, by query tile.
 
     A table row is a (table, query tile) pair, ``row = table * tiles + tile``. Row ``r`` visits the FULL pages
@@ -36,13 +66,7 @@ class TileTable:
     No page occurs twice in a row. A page that has fewer than ``block_k`` rows is always PARTIAL, and its mask
     clears the rows that do not exist.
 
-    Attributes:
-        block_q: rows of a query tile; the last tile may be short.
-        block_k: rows of a page.
-        tiles: query tiles of a table.
-        own_pages: pages ``0 .. own_pages - 1`` are rows ``page * block_k ...`` of the rank's own K and V.
-        guest_pages: pages ``own_pages ..`` lie one after the other in the guest buffer.
-        head_table: for each query head, the table that it reads.
+    Attributes, beside those of a Tiling:
         full_ptr: int32 [tables * tiles + 1].
         full_first, full_count: int32 [runs].
         part_ptr: int32 [tables * tiles + 1].
@@ -50,12 +74,6 @@ class TileTable:
         masks: of block_q x block_k, each stored once.
     """
 
-    block_q: int
-    block_k: int
-    tiles: int
-    own_pages: int
-    guest_pages: int
-    head_table: tuple[int, ...]
     full_ptr: Int32
     full_first: Int32
     full_count: Int32
@@ -67,10 +85,6 @@ class TileTable:
     @property
     def tables(self) -> int:
         return (len(self.full_ptr) - 1) // max(self.tiles, 1)
-
-    @property
-    def pages(self) -> int:
-        return self.own_pages + self.guest_pages
 
     @property
     def nbytes(self) -> int:
@@ -98,11 +112,6 @@ class TileTable:
     def heads_by_table(self) -> NDArray[np.int64]:
         """int64 [tables]: how many query heads read each table."""
         return np.bincount(self.head_table, minlength=self.tables)
-
-    @cached_property
-    def cache(self) -> dict[object, Any]:
-        """What kernels have made of the table, such as its copy on a device."""
-        return {}
 
     @property
     def is_empty(self) -> bool:

@@ -22,11 +22,13 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def set_up(
+    checkout: Path, *arguments: str, cwd: Path = Path("/"), **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [checkout / "scripts" / "setup-env"],
+        [checkout / "scripts" / "setup-env", *arguments],
         env=os.environ | environment,
-        cwd="/",
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=600,
@@ -87,6 +89,11 @@ def test_uv_looks_where_pip_was_told_to(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--find-links /wheels --default-index https://mirror/simple -e .[plot,dev]" in done.stdout
     assert set_up(checkout).stdout == ""  # it is remembered
+    # Another environment, with the same pins, where the caller is.
+    done = set_up(checkout, "other", "a.whl", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert f"--python other/bin/python -c {checkout}/constraints.txt --find-links /wheels" in done.stdout
+    assert "simple a.whl" in done.stdout and (checkout / "other" / "bin" / "python").exists()
 
 
 def test_a_missing_python_is_named(checkout: Path) -> None:
