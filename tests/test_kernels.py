@@ -7,8 +7,17 @@ from kernel_cases import Case, check
 
 from distattn import reference
 from distattn.axis import Axis
-from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose_by_shape
+from distattn.kernels.attention import (
+    Biases,
+    Choice,
+    Pages,
+    attention_backward,
+    attention_forward,
+    choose,
+    choose_by_shape,
+)
 from distattn.kernels.rows import merge
+from distattn.kernels.selected import SelectedTable
 from distattn.kernels.table import TileTable
 from distattn.patterns import Causal, Pattern, SlidingWindow, Strided
 from distattn.tiles import Extents, assemble, visit
@@ -182,3 +191,13 @@ def test_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype, qkv: list[tor
 )
 def test_a_key_bias_is_added_to_scores(case: Case) -> None:
     check(case)
+
+
+def test_what_the_kernels_for_hopper_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distattn.kernels.attention.choose_by_shape", lambda *_: Choice("hopper", "it fits"))
+    q = torch.zeros(1, 16, 1, DIM)
+    pages, nobody, bias = Pages(q, q), Pages(q[:, :0], q[:, :0]), Biases(q[..., 0], q[:, :0, :, 0])
+    selected = SelectedTable(8, 8, 2, 2, 0, (0,), torch.zeros(1, 2, 1, dtype=torch.int32))
+    assert choose(q, pages, nobody, selected, q, -1.0) == ("triton", "scale is -1.0, not positive")
+    assert choose(q, pages, nobody, selected, q, 1.0, bias) == ("triton", "keys have a bias")
+    assert choose(q, pages, nobody, selected, q, 1.0) == ("triton", "the tiles were selected on the GPU")
