@@ -1,10 +1,10 @@
 """The forward tile kernel for Hopper GPUs, in Triton's Gluon dialect.
 
 The same online softmax as in attention_triton.py, on as many programs as there are multiprocessors, each of which goes
-through items of work. One warp fetches (see walk_hopper.py); two groups of four warps multiply 64 query rows each and
-take turns, so that one computes exponentials while the other has the matrix unit (Shah et al., "FlashAttention-3",
-2024, section 3.1). Within a group, the product with V of one page is issued after the product with K of the next
-(section 3.2).
+through items of work. One warp fetches (see walk_hopper.py); two groups of four warps multiply 64 query rows each, so
+that one computes exponentials while the other has the matrix unit (Shah et al., "FlashAttention-3", 2024, section 3.1).
+They take no turns: held to an order by barriers they were 1 to 3 % slower. Within a group, the product with V of one
+page is issued after the product with K of the next (section 3.2).
 """
 
 from __future__ import annotations
@@ -115,13 +115,12 @@ def _fetch(
 
 
 @gluon.jit
-def _multiply_keys(query, keys, turns, visit, GROUP: gl.constexpr, COLUMNS: gl.constexpr):
-    """Issues query x keys of a visit once its page is there and it is this group's turn, which visit tells apart."""
+def _multiply_keys(query, keys, visit, COLUMNS: gl.constexpr):
+    """Issues query x keys of a visit once its page is there."""
     k_buffers, k_full, k_empty = keys
     stage = visit % _STAGES
     zero = gl.zeros([GROUP_ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
     mbarrier.wait(k_full.index(stage), (visit // _STAGES) & 1)
-    mbarrier.wait(turns.index(GROUP), (visit & 1) ^ (1 - GROUP))
     return warpgroup_mma(query, k_buffers.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -143,7 +142,7 @@ def _sums(weights):
 
 @gluon.jit
 def _step(
-    query, keys, values, turns, weights, high, total, acc, visit, masks, mask, scale,
+    query, keys, values, weights, high, total, acc, visit, masks, mask, scale,
     GROUP: gl.constexpr, MASKED: gl.constexpr, COLUMNS: gl.constexpr, V_DIM: gl.constexpr,
 ):  # fmt: skip
     """Adds a page: its scores, while the page before it is multiplied with its weights."""
@@ -153,10 +152,9 @@ def _step(
     before = (visit - 1) % _STAGES
     stage = visit % _STAGES
     operand = unpacked(weights, v_buffers.dtype, ACC)
-    scores = _multiply_keys(query, keys, turns, visit, GROUP, COLUMNS)
+    scores = _multiply_keys(query, keys, visit, COLUMNS)
     mbarrier.wait(v_full.index(before), ((visit - 1) // _STAGES) & 1)
     acc = warpgroup_mma(operand, v_buffers.index(before), acc, is_async=True)
-    mbarrier.arrive(turns.index(1 - GROUP), count=1)
     words = 0
     if MASKED:  # loaded here, it delays no product
         words = mask_words(masks, mask, GROUP * GROUP_ROWS, 0, COLUMNS)
@@ -176,7 +174,7 @@ def _step(
 @gluon.jit
 def _multiply(
     out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks,
-    tokens, tiles, most, numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns,
+    tokens, tiles, most, numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values,
     GROUP: gl.constexpr, SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr,
     MASKS: gl.constexpr, CONTINUED: gl.constexpr, RESUME: gl.constexpr,
 ):  # fmt: skip
@@ -206,8 +204,7 @@ def _multiply(
             buffer = turn % _QUERY_BUFFERS
             query = q_buffers.index(buffer * 2 + GROUP)
             mbarrier.wait(q_full.index(buffer), (turn // _QUERY_BUFFERS) & 1)
-            scores = _multiply_keys(query, keys, turns, visit, GROUP, COLUMNS)
-            mbarrier.arrive(turns.index(1 - GROUP), count=1)
+            scores = _multiply_keys(query, keys, visit, COLUMNS)
             if MASKS:
                 words = mask_words(masks, first_mask, GROUP * GROUP_ROWS, 0, COLUMNS)
             scores = warpgroup_mma_wait(0, deps=[scores])
@@ -227,13 +224,13 @@ def _multiply(
                     this_mask = mask
                     mask = gl.load(part_mask + i + 1)
                     weights, high, total, acc = _step(
-                        query, keys, values, turns, weights, high, total, acc, visit, masks, this_mask, scale,
+                        query, keys, values, weights, high, total, acc, visit, masks, this_mask, scale,
                         GROUP, True, COLUMNS, V_DIM,
                     )  # fmt: skip
                     visit += 1
             for _ in range(full):
                 weights, high, total, acc = _step(
-                    query, keys, values, turns, weights, high, total, acc, visit, masks, 0, scale,
+                    query, keys, values, weights, high, total, acc, visit, masks, 0, scale,
                     GROUP, False, COLUMNS, V_DIM,
                 )  # fmt: skip
                 visit += 1
@@ -307,7 +304,6 @@ def _forward(
     k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(_QUERY_BUFFERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -316,8 +312,6 @@ def _forward(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     queries = (q_buffers, q_full, q_empty)
     keys = (k_buffers, k_full, k_empty)
     values = (v_buffers, v_full, v_empty)
@@ -326,12 +320,12 @@ def _forward(
         [
             (_multiply, (
                 out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
-                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 0, SIDE_BY_SIDE,
+                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, 0, SIDE_BY_SIDE,
                 ONE_TABLE, ALL_HEADS, MASKS, CONTINUED, RESUME,
             )),
             (_multiply, (
                 out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
-                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, turns, 1, SIDE_BY_SIDE,
+                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, 1, SIDE_BY_SIDE,
                 ONE_TABLE, ALL_HEADS, MASKS, CONTINUED, RESUME,
             )),
             (_fetch, (

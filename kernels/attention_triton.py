@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.configurations import Sizes, configuration
 from distattn.kernels.walk_triton import (
     LN_2,
     LOG2_E,
@@ -205,13 +206,6 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def warps(dtype: torch.dtype, rows: int, columns: int) -> int:
-    """Of a program that multiplies rows x columns at a time."""
-    if dtype == torch.float32:
-        return 16 if rows > 64 else 8
-    return 8 if rows * columns > 64 * 64 else 4
-
-
 def packs(block_q: int) -> bool:
     """Whether the heads that share a key/value head make up the rows of a tile together, since its tokens are few."""
     return block_q <= 32
@@ -237,9 +231,8 @@ def forward(
     size_2 = triton.next_power_of_2(size)
     rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
-    columns = min(max(16, triton.next_power_of_2(table.block_k)), 128 if max(dim_2, v_dim_2) <= 128 else 64)
-    if q.dtype == torch.float32:  # without the matrix unit: what a thread multiplies is spelled out
-        columns = min(columns, max(16, 2048 // rows))
+    sizes = Sizes(rows, max(16, triton.next_power_of_2(table.block_k)), max(dim_2, v_dim_2))
+    chosen = configuration("forward", device, q.dtype, sizes)
     slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
     slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
     biases = (lse, lse) if bias is None else bias  # any pointer will do where none is read
@@ -249,10 +242,10 @@ def forward(
             q[b], out[b], lse[b], *(x[b] for x in (*own, *guests, *biases)), slot_out, slot_lse,
             work.items, work.item_ptr, units, *work.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
-            BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=columns, ROWS=rows, HEADS=size, HEADS_2=size_2,
+            BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=chosen.columns, ROWS=rows, HEADS=size, HEADS_2=size_2,
             ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, SIDE_BY_SIDE=side_by_side,
-            ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None, STAGES=2, PRECISION=precision(q.dtype),
-            num_warps=warps(q.dtype, rows, columns),
+            ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None, STAGES=chosen.stages,
+            PRECISION=precision(q.dtype), num_warps=chosen.warps,
         )  # fmt: skip
         merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
 

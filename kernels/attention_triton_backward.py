@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.attention_triton import packs, precision, programs_at_once, warps
+from distattn.kernels.attention_triton import packs, precision, programs_at_once
+from distattn.kernels.configurations import Sizes, configuration
 from distattn.kernels.walk_triton import (
     LOG2_E,
     UNIT_SIZE,
@@ -379,13 +379,11 @@ def backward(
     tile_rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
     page_rows = max(16, triton.next_power_of_2(table.block_k))
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
-    scalar = q.dtype == torch.float32  # without the matrix unit: what a thread multiplies is spelled out
-    small = max(dim_2, v_dim_2) > 128 or scalar
-    sizes = dict(DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2)
+    sizes = Sizes(tile_rows, page_rows, max(dim_2, v_dim_2))
+    for_queries, for_keys = (configuration(kernel, device, q.dtype, sizes) for kernel in ("queries", "keys"))
     shared = dict(
         BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2, BIAS=bias is not None,
-        STAGES=1 if small else 2, PRECISION=precision(q.dtype),
-        **sizes,
+        PRECISION=precision(q.dtype), DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
     )  # fmt: skip
     slots = dq.new_empty(by_query.slots, heads, table.block_q, dim)
     slot_dk = dq.new_empty(by_key.slots, kv_heads, table.block_k, dim)
@@ -399,23 +397,21 @@ def backward(
             q[b], grad_out[b], lse[b], delta[b], dq[b], *_at(b, own, guests, biases), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
-            *_strides(*rows, dq, *own, *guests, *biases), COLUMNS=min(page_rows, 16 if scalar else 32 if small else 64),
-            ROWS=tile_rows, num_warps=warps(q.dtype, tile_rows, page_rows),
+            *_strides(*rows, dq, *own, *guests, *biases), COLUMNS=for_queries.columns,
+            ROWS=tile_rows, STAGES=for_queries.stages, num_warps=for_queries.warps,
             ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=by_query.one_table, **shared,
         )  # fmt: skip
         add_query_slots(dq[b], slots, table, by_query, units, size)
         for kv_units in key_units(table.head_table, kv_heads, device):
-            columns = min(page_rows, 32 if scalar else 64 if small else 128)
-            subs = -(-table.block_k // columns)
+            subs = -(-table.block_k // for_keys.columns)
             _grad_keys[(len(kv_units) * by_key.most * subs,)](
                 q[b], grad_out[b], lse[b], delta[b], *_at(b, own, guests, biases, d_own, d_guests, d_biases),
                 slot_dk, slot_dv, slot_db,
                 by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
                 q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
-                *_strides(*rows, *own, *guests, *biases, *d_own, *d_guests, *d_biases), COLUMNS=columns, SUBS=subs,
-                ROWS=min(tile_rows, 16 if scalar else 32 if small else 64), TILE_ROWS=tile_rows, KV_HEADS=kv_heads,
-                num_warps=8 if scalar else warps(q.dtype, tile_rows, page_rows),
-                ONE_TABLE=by_key.one_table, **shared,
+                *_strides(*rows, *own, *guests, *biases, *d_own, *d_guests, *d_biases), COLUMNS=for_keys.columns,
+                SUBS=subs, ROWS=for_keys.rows, TILE_ROWS=tile_rows, KV_HEADS=kv_heads, STAGES=for_keys.stages,
+                num_warps=for_keys.warps, ONE_TABLE=by_key.one_table, **shared,
             )  # fmt: skip
             add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)
             if d_bias is not None:
