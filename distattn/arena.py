@@ -10,12 +10,10 @@ import numpy as np
 from distattn import spans as sp
 from distattn.kernels.table import TileTable
 from distattn.layout import Layout
-from distattn.messages import Message, Transfer, join_runs
+from distattn.messages import Message, Transfer, join_runs, to_everyone
 from distattn.outline import Outline, guest_pages
 from distattn.spans import Ints, Spans
 from distattn.tiles import Extents, assemble
-
-_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +92,7 @@ class ArenaBuilder:
         assert transfer is not None
         parts = [[(visits, self.own)] for visits in self.outline.whole]
         table = assemble(parts, self.outline.table_of, self.outline.guest_q.blocks, self.blocks, len(self.my_pages), 0)
-        mine = self._local(positions[self.layout.owner_of(positions) == self.rank])
+        mine = self.layout.local_rows(positions[self.layout.owner_of(positions) == self.rank], self.rank)
         return GuestQueries(positions, mine, transfer, table)
 
     def _stage(
@@ -174,30 +172,13 @@ class ArenaBuilder:
         length = np.minimum(block, self.layout.seq_len - pages * block)
         return join_runs(at * block, at * block + length)
 
-    def _local(self, positions: Ints) -> Ints:
-        """Positions that this rank owns, as rows of its own tokens."""
-        mine = self.layout.owner == self.rank
-        start, size = self.layout.start[mine], (self.layout.stop - self.layout.start)[mine]
-        segment = np.searchsorted(start, positions, side="right") - 1
-        return (np.cumsum(size) - size)[segment] + positions - start[segment] if len(positions) else _NONE
-
     def _gather(self, positions: Ints, heads: tuple[int, ...]) -> Transfer | None:
         """Brings rows of scattered positions to every rank, in order, to the front of a buffer."""
         if not len(positions):
             return None
         owner = self.layout.owner_of(positions)
-        counts = np.bincount(owner, minlength=self.world_size)
-        local = self._local(positions[owner == self.rank])
-        send_rows = join_runs(local, local + 1)
-        receives = []
-        for peer in np.flatnonzero(counts):
-            at = np.flatnonzero(owner == peer)
-            receives.append(Message(int(peer), heads, join_runs(at, at + 1)))
-        # Padding is cheap where ranks hold similarly many rows; otherwise each sends just its own.
-        if counts.max() * self.world_size <= 2 * counts.sum():
-            return Transfer("all_gather", (Message(self.rank, heads, send_rows),), tuple(receives), int(counts.max()))
-        sends = [Message(peer, heads, send_rows) for peer in range(self.world_size)] if len(local) else []
-        return Transfer("all_to_all", tuple(sends), tuple(receives))
+        local = self.layout.local_rows(positions[owner == self.rank], self.rank)
+        return to_everyone(owner, local, heads, self.rank, self.world_size)
 
 
 def _row(spans: Spans, row: int) -> Ints:

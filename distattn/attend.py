@@ -1,7 +1,4 @@
-"""Attention on this rank's shard: the stage loop, its backward pass, and their registration as torch operators.
-
-For each stage: fill the arena, run the tile kernel, merge by log-sum-exp.
-"""
+"""Attention on this rank's shard, by whatever a spec says: the way in."""
 
 from __future__ import annotations
 
@@ -10,38 +7,68 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from distattn.arena import GuestQueries, Stage
+from distattn import operators
 from distattn.errors import ConfigError
-from distattn.exchange import Agreement, Counter, Exchange, Pending
-from distattn.kernels.attention import Pages, accumulator_dtype, attention_backward, attention_forward, row_deltas
-from distattn.kernels.rows import add_rows, merge
-from distattn.kernels.table import TileTable
-from distattn.messages import Message, Transfer
-from distattn.plan import Plan, plans
+from distattn.extras import AttentionExtras, AttentionPool, MlpPool
+from distattn.plan import Plan
+from distattn.selection import choose, chosen_table, summary_table, wanted_chunks
+from distattn.summaries import buffer_of, make_summaries
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Seconds that ranks wait for each other before the first exchange of a plan.
-AGREEMENT_DEADLINE = 300.0
 
-_agreement = Agreement()
-sent = Counter()
-"""Bytes that this process has sent, over all calls."""
+
+class Selection:
+    """What a call chose, to be given to another: layers that share it need not choose again.
+
+    chunks: int32 [batch, tables, tiles, n], on this rank: chunk numbers, ascending, then -1.
+    """
+
+    def __init__(self, plan: Plan, chunks: Tensor) -> None:
+        self.spec, self.rows, self.chunks = plan.spec.select, plan.segments, chunks
+
+    def fits(self, plan: Plan, batch: int) -> bool:
+        same = (self.spec, self.rows) == (plan.spec.select, plan.segments)
+        return same and self.chunks.shape[0] == batch and self.chunks.shape[1] == _tables(plan)
 
 
 @overload
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = ..., return_lse: Literal[False] = ...
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = ...,
+    extras: AttentionExtras = ...,
+    selection: Selection | None = ...,
+    return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
 
 @overload
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = ..., return_lse: Literal[True]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = ...,
+    extras: AttentionExtras = ...,
+    selection: Selection | None = ...,
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    extras: AttentionExtras | None = None,
+    selection: Selection | None = None,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys that the plan's spec allows, on all ranks. Differentiable.
 
@@ -53,6 +80,8 @@ def attend(
         v: [batch, plan.tokens, kv_heads, value_dim].
         plan: made by :func:`make_plan` for this rank.
         scale: factor of the scores; default ``head_dim ** -0.5``.
+        extras: gates and parameters of pooling, where the spec asks for them.
+        selection: of :func:`select` or another layer; None: chosen here.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
@@ -60,17 +89,116 @@ def attend(
         natural logarithm, float32 (float64 for float64 inputs). A query that may attend to nothing has out 0, lse -inf.
 
     Raises:
-        ConfigError: (a ValueError) a shape, dtype or device is not what the plan says.
+        ConfigError: (a ValueError) a shape, dtype or device is not what the plan says, the extras are not those that
+            its spec needs, or an LSE is asked for where there is none: of several softmaxes, or of a corrected result.
         PlanMismatch: ranks disagree on the plan, the shapes or the dtypes. Nothing has been sent.
         PeerLost: a rank did not answer.
     """
-    refusal = _refusal(q, k, v, plan)
-    if refusal:
-        if plan.group_name is not None and not torch.compiler.is_compiling():
-            _agreement.refuse(plan.group_name, refusal)
-        raise ConfigError(refusal)
-    out, lse, _, _ = torch.ops.distattn.attend(q, k, v, plan.name, plan.head_dim**-0.5 if scale is None else scale)
+    extras = extras or AttentionExtras()
+    why = _refusal(q, k, v, plan) or _extras_refusal(q, k, plan, extras, selection, return_lse)
+    if why:
+        operators.refuse(plan, why)
+        raise ConfigError(why)
+    scale = plan.head_dim**-0.5 if scale is None else scale
+    if plan.spec.is_static:
+        out, lse, _, _ = _run(q, k, v, plan, scale)
+    else:
+        out, lse = _hierarchical(q, k, v, plan, scale, extras, selection)
+    if plan.correction is not None:
+        out = _corrected(out, q, k, v, plan, scale)
     return (out, lse) if return_lse else out
+
+
+def select(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, extras: AttentionExtras | None = None
+) -> Selection:
+    """What :func:`attend` would choose, for it and for other layers. Arguments and errors as there."""
+    extras = extras or AttentionExtras()
+    why = _refusal(q, k, v, plan)
+    if plan.spec.select is None:
+        why = f"plan is for {plan.spec!r}; expected a spec with select"
+    if why:
+        operators.refuse(plan, why)
+        raise ConfigError(why)
+    operators.agree(plan, q.shape[0], q.dtype)
+    with torch.no_grad():
+        levels = make_summaries(k, v, plan, extras)
+        scale = plan.head_dim**-0.5 if scale is None else scale
+        return Selection(plan, choose(q, k, levels, plan, extras, scale))
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    summaries: tuple[Tensor, ...] = (),
+    guests: tuple[Tensor, ...] = (),
+    summary_table: tuple[Tensor | None, ...] = (),
+    chosen_table: tuple[Tensor | None, ...] = (),
+    tokens: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = *(summary_table or (None, None)), *(chosen_table or (None, None))
+    sources = *(summaries or (None,) * 3), *(guests or (None,) * 2)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.distattn.attend(
+        q, k, v, *sources, *tables, tokens, plan.name, scale
+    )
+    return result
+
+
+def _hierarchical(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, extras: AttentionExtras, selection: Selection | None
+) -> tuple[Tensor, Tensor]:
+    spec, hierarchy = plan.spec, plan.hierarchy
+    assert hierarchy is not None
+    if not torch.compiler.is_compiling():
+        operators.agree(plan, q.shape[0], q.dtype)
+    levels = make_summaries(k, v, plan, extras)
+    summaries: tuple[Tensor, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
+    guests: tuple[Tensor, ...] = ()
+    of_summaries: tuple[Tensor | None, ...] = ()
+    of_chosen: tuple[Tensor | None, ...] = ()
+    if spec.select is not None:
+        chosen = choose(q, k, levels, plan, extras, scale) if selection is None else selection.chunks
+        with torch.no_grad():
+            wanted = wanted_chunks(chosen, hierarchy)
+        guest_k, guest_v, slots, _ = torch.ops.distattn.fetch_pages(k, v, wanted, plan.name)
+        with torch.no_grad():
+            guests, of_chosen = (guest_k, guest_v), chosen_table(chosen, slots, plan)
+            if levels and spec.merge == "softmax":
+                of_summaries = summary_table(chosen, plan)
+    if spec.merge == "softmax":
+        return _run(q, k, v, plan, scale, summaries, guests, of_summaries, of_chosen)[:2]
+    parts = [_run(q, k, v, plan, scale)]
+    if summaries:
+        parts.append(_run(q, k, v, plan, scale, summaries, tokens=False))
+    if guests:
+        parts.append(_run(q, k, v, plan, scale, guests=guests, chosen_table=of_chosen, tokens=False))
+    assert extras.gates is not None
+    weights = torch.sigmoid(extras.gates.to(parts[0][1].dtype))
+    total = sum(weights[..., i, None] * part[0] for i, part in enumerate(parts))
+    assert isinstance(total, Tensor)
+    return total.to(q.dtype), parts[0][1]
+
+
+def _corrected(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """Adds to rows what dense attention adds to the first row of each run of ``every``; see :class:`Delta`."""
+    correction, every = plan.correction, plan.spec.correction
+    assert correction is not None and every is not None
+    dense = _run(q, k, v, correction, scale)[0]
+    row = torch.arange(plan.tokens, device=q.device)
+    # Segments begin at multiples of `every`, so that a row's first one is here.
+    first = row - plan.positions.to(q.device) % every.every
+    wide = torch.promote_types(out.dtype, torch.float32)
+    moved = out.to(wide) + (dense.to(wide) - out.to(wide))[:, first]
+    last = (plan.positions >= plan.seq_len - every.every).to(q.device)
+    return torch.where(last[:, None, None], dense.to(wide), moved).to(out.dtype)
+
+
+def _tables(plan: Plan) -> int:
+    assert plan.hierarchy is not None
+    return max(plan.hierarchy.head_table) + 1
 
 
 def _refusal(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str | None:
@@ -95,285 +223,33 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> str | None:
     return None
 
 
-# Defined piece by piece: torch.library.custom_op would import the compiler, which takes seconds, at the first call.
-torch.library.define(
-    "distattn::attend",
-    "(Tensor q, Tensor k, Tensor v, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "distattn::attend_backward",
-    "(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor guests, "
-    "Tensor guest_q, str plan, float scale) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("distattn::attend", "default")
-def _attend(q: Tensor, k: Tensor, v: Tensor, plan: str, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, guests, guest queries): the last two are what a direct plan's backward pass reads again."""
-    return _Pass(plans[plan]).forward(q, k, v, scale)
-
-
-@torch.library.register_fake("distattn::attend")
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, plan: str, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = plans[plan]
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
-    lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
-    kept = p.stages[0].guest_rows if len(p.stages) == 1 else 0
-    guests = q.new_empty(q.shape[0] * kept * p.kv_heads * (p.head_dim + p.value_dim))
-    rows = 0 if p.guest_queries is None else len(p.guest_queries.positions)
-    return out, lse, guests, q.new_empty((q.shape[0], rows, p.heads, p.head_dim))
-
-
-@torch.library.impl("distattn::attend_backward", "default")
-def _attend_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    guests: Tensor,
-    guest_q: Tensor,
-    plan: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _Pass(plans[plan]).backward(grad_out, grad_lse, q, k, v, out, lse, guests, guest_q, scale)
-
-
-@torch.library.register_fake("distattn::attend_backward")
-def _attend_backward_fake(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    guests: Tensor,
-    guest_q: Tensor,
-    plan: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, plan, scale = inputs
-    out, lse, guests, guest_q = output
-    ctx.save_for_backward(q, k, v, out, lse, guests, guest_q)
-    # Holding the plan keeps it in the registry until the backward pass.
-    ctx.plan, ctx.plan_name, ctx.scale = plans[plan], plan, scale
-    ctx.mark_non_differentiable(guests, guest_q)
-    ctx.set_materialize_grads(True)
-
-
-def _differentiate(ctx, grad_out, grad_lse, _guests, _guest_q):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, guests, guest_q = ctx.saved_tensors
-    grads = torch.ops.distattn.attend_backward(
-        grad_out, grad_lse, q, k, v, out, lse, guests, guest_q, ctx.plan_name, ctx.scale
-    )
-    return *grads, None, None
-
-
-torch.library.register_autograd("distattn::attend", _differentiate, setup_context=_save)
-
-
-class _Pass:
-    """One forward or backward pass over a plan."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.exchange = Exchange(plan.group_name, plan.rank, sent)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        plan, dtype = self.plan, accumulator_dtype(q.dtype)
-        if plan.group_name is not None:
-            what = f"plan {plan.key}, batch {q.shape[0]}, {q.dtype}"
-            _agreement.seek(plan.group_name, what, AGREEMENT_DEADLINE)
-        stages, own = plan.stages, Pages(k, v)
-        several = len(stages) > 1
-        slots = self._slots(k, v)
-        pending = self._bring(stages[0], own, slots[0])
-        queries = plan.guest_queries
-        guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
-        queries_here = self.exchange.bring(queries.transfer, [q], [guest_q]) if queries else Pending()
-
-        out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
-        lse = q.new_empty(q.shape[:3], dtype=dtype)
-        if several or stages[0].table.has_empty_rows:  # tiles that visit nothing are left alone
-            out.zero_()
-            lse.fill_(-torch.inf)
-        for number, stage in enumerate(stages):
-            guests = _rows(slots[number % 2], stage)
-
-            def run(table: TileTable, guests: Pages = guests, later: bool = number > 0) -> None:
-                attention_forward(q, own, guests, table, out, lse, scale=scale, resume=later)
-
-            arrived = pending
-            if number + 1 < len(stages):
-                # The other slot is free, since its stage is done.
-                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
-            run(stage.alone)
-            arrived.wait()
-            run(stage.with_guests)
-        if queries is not None:
-            queries_here.wait()
-            self._attend_guest_queries(queries, guest_q, own, out, lse, scale)
-        return out.to(q.dtype), lse, q.new_empty(0) if several else slots[0].flat, guest_q
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        grad_lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        kept: Tensor,
-        guest_q: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        plan, dtype = self.plan, accumulator_dtype(q.dtype)
-        stages, own = plan.stages, Pages(k, v)
-        several = len(stages) > 1
-        delta = row_deltas(out, grad_out, grad_lse)
-        # What one launch makes is written as it is returned; what several add to is summed up in the wider dtype.
-        once = not several and plan.guest_queries is None
-        dq = q.new_zeros(q.shape, dtype=q.dtype if once else dtype)
-        alone = once and not stages[0].transfers
-        d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
-        # A direct plan kept its guests; a ring brings them again.
-        slots = self._slots(k, v) if several else [_Slot(kept, k, v)] * 2
-        pending = self._bring(stages[0], own, slots[0]) if several else Pending()
-        homeward: list[Pending] = []
-        if plan.guest_queries is not None:
-            homeward.append(
-                self._guest_queries_backward(plan.guest_queries, guest_q, own, grad_out, lse, delta, dq, d_own, scale)
-            )
-        for number, stage in enumerate(stages):
-            guests = _rows(slots[number % 2], stage)
-            d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
-
-            def run(table: TileTable, guests: Pages = guests, d_guests: Pages = d_guests) -> None:
-                attention_backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale=scale)
-
-            pending.wait()
-            if number + 1 < len(stages):
-                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
-            # Guests' gradients first: they go home while the other tiles are computed.
-            run(stage.with_guests)
-            homeward += [self._take_home(transfer, d_guests, d_own) for transfer in stage.transfers]
-            run(stage.alone)
-        for part in homeward:
-            part.wait()
-        return dq.to(q.dtype), d_own.k.to(k.dtype), d_own.v.to(v.dtype)
-
-    def _slots(self, k: Tensor, v: Tensor) -> list[_Slot]:
-        """Two guest buffers, of which a single stage needs but one."""
-        rows = [stage.guest_rows for stage in self.plan.stages]
-        width = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
-        # Zeros, since a page that is short leaves rows that nobody writes, and 0 times anything finite is 0.
-        first = _Slot(k.new_zeros(max(rows[::2]) * width), k, v)
-        return [first, _Slot(k.new_zeros(max(rows[1::2], default=0) * width), k, v)]
-
-    def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
-        pending = [self.exchange.bring(transfer, own, slot.pages) for transfer in stage.transfers]
-
-        def wait() -> None:
-            for part in pending:
-                part.wait()
-
-        return Pending(wait)
-
-    def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
-        def receive(message: Message, rows: list[Tensor]) -> None:
-            for mine, returned in zip(d_own, rows, strict=True):
-                add_rows(mine, message.places, returned)
-
-        return self.exchange.take_home(transfer, d_guests, receive)
-
-    def _attend_guest_queries(
-        self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
-    ) -> None:
-        """Attends with all ranks' global queries over this rank's pages; partial results go home and are merged."""
-        dtype = lse.dtype
-        part = guest_q.new_zeros((*guest_q.shape[:3], out.shape[3]), dtype=dtype)
-        part_lse = guest_q.new_full(guest_q.shape[:3], -torch.inf, dtype=dtype)
-        nobody = Pages(own.k[:, :0], own.v[:, :0])
-        attention_forward(guest_q, own, nobody, queries.table, part, part_lse, scale=scale)
-        mine = torch.from_numpy(queries.mine).to(out.device)
-        total = out.new_zeros((out.shape[0], len(mine), *out.shape[2:]), dtype=dtype)
-        total_lse = lse.new_full((lse.shape[0], len(mine), lse.shape[2]), -torch.inf)
-
-        def receive(message: Message, rows: list[Tensor]) -> None:
-            merged = merge(total, total_lse, rows[0], rows[1].squeeze(-1))
-            total.copy_(merged[0])
-            total_lse.copy_(merged[1])
-
-        self.exchange.take_home(queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
-        out[:, mine] = total.to(out.dtype)
-        lse[:, mine] = total_lse
-
-    def _guest_queries_backward(
-        self,
-        queries: GuestQueries,
-        guest_q: Tensor,
-        own: Pages,
-        grad_out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        dq: Tensor,
-        d_own: Pages,
-        scale: float,
-    ) -> Pending:
-        shape, rows = guest_q.shape[:3], torch.stack((lse, delta), dim=-1)
-        guest_grad = grad_out.new_empty((*shape, grad_out.shape[3]))
-        guest_rows = rows.new_empty((*shape, 2))
-        arriving = [
-            self.exchange.bring(queries.transfer, [grad_out], [guest_grad]),
-            self.exchange.bring(queries.transfer, [rows], [guest_rows]),
-        ]
-        for part in arriving:
-            part.wait()
-        guest_dq = dq.new_zeros(guest_q.shape)
-        nobody, d_nobody = Pages(own.k[:, :0], own.v[:, :0]), Pages(d_own.k[:, :0], d_own.v[:, :0])
-        attention_backward(
-            guest_q,
-            own,
-            nobody,
-            queries.table,
-            guest_grad,
-            guest_rows[..., 0],
-            guest_rows[..., 1],
-            guest_dq,
-            d_own,
-            d_nobody,
-            scale=scale,
-        )
-        return self.exchange.take_home(
-            queries.transfer,
-            [guest_dq],
-            lambda message, returned: add_rows(dq, message.places, returned[0]),
-        )
-
-
-class _Slot:
-    """A guest buffer: one flat tensor that holds rows of K and rows of V."""
-
-    def __init__(self, flat: Tensor, k: Tensor, v: Tensor) -> None:
-        self.flat = flat
-        batch, heads = k.shape[0], k.shape[2]
-        rows = flat.numel() // max(batch * heads * (k.shape[3] + v.shape[3]), 1)
-        k_size = batch * rows * heads * k.shape[3]
-        self.pages = Pages(
-            flat[:k_size].view(batch, rows, heads, k.shape[3]), flat[k_size:].view(batch, rows, heads, v.shape[3])
-        )
-
-
-def _rows(slot: _Slot, stage: Stage) -> Pages:
-    """The part of a guest buffer that a stage uses."""
-    return Pages(slot.pages.k[:, : stage.guest_rows], slot.pages.v[:, : stage.guest_rows])
+def _extras_refusal(
+    q: Tensor, k: Tensor, plan: Plan, extras: AttentionExtras, selection: Selection | None, return_lse: bool
+) -> str | None:
+    """Why these extras do not go with the plan's spec; None if they do."""
+    spec = plan.spec
+    if return_lse and (spec.merge == "gate" or spec.correction is not None):
+        what = "several softmaxes" if spec.merge == "gate" else "a corrected result"
+        return f"return_lse is True; expected False, since {what} has no log-sum-exp"
+    sources = 1 + bool(spec.summaries) + (spec.select is not None)
+    wanted = (*q.shape[:3], sources) if spec.merge == "gate" else None
+    shapes = [("gates", extras.gates, wanted)]
+    learned = any(level.bias == "learned" for level in spec.summaries)
+    shapes.append(("key_bias", extras.key_bias, (len(spec.summaries), plan.kv_heads) if learned else None))
+    if extras.pool_keys is not None:
+        shapes.append(("pool_keys", extras.pool_keys, tuple(k.shape)))
+    for name, x, shape in shapes:
+        if (x is None) != (shape is None) or (x is not None and tuple(x.shape) != shape):
+            given = None if x is None else tuple(x.shape)
+            return f"extras.{name} has the shape {given}; expected {shape} with this spec"
+    if len(extras.pool) > len(spec.summaries):
+        return f"extras.pool has {len(extras.pool)} entries; expected at most one a level, {len(spec.summaries)}"
+    kinds = {"mean": type(None), "attention": AttentionPool, "mlp": MlpPool}
+    for number, level in enumerate(spec.summaries):
+        pool = extras.pool[number] if number < len(extras.pool) else None
+        if not isinstance(pool, kinds[level.pool]):
+            found, expected = type(pool).__name__, kinds[level.pool].__name__
+            return f"extras.pool[{number}] is {found}; expected {expected}, as pool is {level.pool!r}"
+    if selection is not None and (spec.select is None or not selection.fits(plan, q.shape[0])):
+        return f"selection was made for {selection.spec!r}; expected one for {spec.select!r} on these rows and heads"
+    return None

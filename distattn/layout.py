@@ -62,6 +62,15 @@ class Layout:
         """int64 [n]: the owner of each position."""
         return self.owner[np.searchsorted(self.start, positions, side="right") - 1]
 
+    def local_rows(self, positions: Ints, rank: int) -> Ints:
+        """Positions that a rank owns, as rows of its own tokens."""
+        mine = self.owner == rank
+        start, size = self.start[mine], (self.stop - self.start)[mine]
+        if len(positions) == 0:
+            return np.zeros(0, np.int64)
+        segment = np.searchsorted(start, positions, side="right") - 1
+        return np.asarray((np.cumsum(size) - size)[segment] + positions - start[segment])
+
 
 def make_layout(name: str, seq_len: int, world_size: int, unit: int, work: Ints | None = None) -> Layout:
     """The layout of a name.

@@ -66,9 +66,37 @@ class Transfer:
         return sum(m.count * len(m.kv_heads) for m in self.receives if m.peer != rank) * row_bytes
 
 
+@dataclass(frozen=True, eq=False)
+class Ownership:
+    """Which rank owns which chunks of the sequence. owner: int64 [chunks]. mine: int64, this rank's, in its order."""
+
+    owner: Ints
+    mine: Ints
+    chunk: int
+    rank: int
+
+
 def join_runs(first: Ints, stop: Ints) -> Ints:
     """int64 [runs, 2]: intervals that follow one another joined."""
     if len(first) == 0:
         return np.zeros((0, 2), np.int64)
     new = np.concatenate((np.ones(1, np.bool_), first[1:] != stop[:-1]))
     return np.stack((first[new], stop[np.append(new[1:], True)]), axis=1)
+
+
+def to_everyone(owner: Ints, local: Ints, heads: tuple[int, ...], rank: int, world_size: int) -> Transfer:
+    """Brings rows of all ranks to every rank, in order, to the front of a buffer.
+
+    owner: int64 [n], who owns each row. local: int64 [m]: those of this rank, as rows of what it sends.
+    """
+    counts = np.bincount(owner, minlength=world_size)
+    send_rows = join_runs(local, local + 1)
+    receives = []
+    for peer in np.flatnonzero(counts):
+        at = np.flatnonzero(owner == peer)
+        receives.append(Message(int(peer), heads, join_runs(at, at + 1)))
+    # Padding is cheap where ranks hold similarly many rows; otherwise each sends just its own.
+    if counts.max() * world_size <= 2 * counts.sum():
+        return Transfer("all_gather", (Message(rank, heads, send_rows),), tuple(receives), int(counts.max()))
+    sends = [Message(peer, heads, send_rows) for peer in range(world_size)] if len(local) else []
+    return Transfer("all_to_all", tuple(sends), tuple(receives))

@@ -14,6 +14,7 @@ to neighbour. Fetching from the owner moves no more, and for causal attention ha
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,14 @@ import numpy as np
 import torch
 
 from distattn import __version__
+from distattn.algebra import Pattern
 from distattn.arena import ArenaBuilder, GuestQueries, Stage
 from distattn.cost import Machine, Work, step_time
 from distattn.errors import ConfigError
+from distattn.hierarchy import Hierarchy
 from distattn.layout import LAYOUTS, Layout, make_layout
 from distattn.outline import Outline, count_rows, guest_pages, make_outline, owned_pages, rank_work
+from distattn.patterns import Causal, GlobalQueries
 from distattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -92,6 +96,27 @@ class Plan:
         """The global queries of all ranks, or None."""
         return self._arena.guest_queries()
 
+    @cached_property
+    def hierarchy(self) -> Hierarchy | None:
+        """Levels and chunks; None where the spec has a pattern and nothing else."""
+        if self.spec.is_static:
+            return None
+        blocks = self.block_q, self.block_k
+        return Hierarchy(self.spec, self.layout, self.heads, self.kv_heads, blocks, self.rank)
+
+    @cached_property
+    def correction(self) -> Plan | None:
+        """The plan of the dense rows that correct a result; None where nothing is corrected."""
+        if self.spec.correction is None:
+            return None
+        rows = range(0, self.seq_len, self.spec.correction.every)
+        last = range(max(self.seq_len - self.spec.correction.every, 0), self.seq_len)
+        pattern: Pattern = GlobalQueries(sorted({*rows, *last}))
+        numbers = {name: getattr(self, name) for name in ("seq_len", "heads", "kv_heads", "head_dim", "value_dim")}
+        numbers |= {name: getattr(self, name) for name in ("world_size", "block_q", "block_k")}
+        spec = AttentionSpec(Causal() & pattern if self.spec.causal else pattern)
+        return _plan(spec, tuple(numbers.items()), self.rank, self.layout, "auto", self.group_name)
+
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
         return self.layout.segments(self.rank)
@@ -131,13 +156,20 @@ class Plan:
         return full.movedim(0, dim)
 
     def sent_bytes(self, itemsize: int, batch: int = 1) -> int:
-        """Bytes that this rank sends in a forward pass, with inputs of ``itemsize`` bytes an element."""
+        """Bytes that this rank sends in a forward pass, with inputs of ``itemsize`` bytes an element.
+
+        Chunks that are chosen by the data are not among them: what they take is known when they are chosen.
+        """
         row = itemsize * (self.head_dim + self.value_dim)
         sent = sum(t.sent_bytes(row, self.rank, self.world_size) for s in self.stages for t in s.transfers)
         if self.guest_queries is not None:
             transfer, wide = self.guest_queries.transfer, max(itemsize, 4)
             sent += transfer.sent_bytes(itemsize * self.head_dim, self.rank, self.world_size)
             sent += transfer.returned_bytes(wide * (self.value_dim + 1), self.rank)
+        if self.hierarchy is not None:
+            sent += self.hierarchy.sent_bytes(itemsize, self.head_dim, self.value_dim)
+        if self.correction is not None:
+            sent += self.correction.sent_bytes(itemsize)
         return sent * batch
 
     def sent_bytes_backward(self, itemsize: int, batch: int = 1) -> int:
@@ -153,6 +185,10 @@ class Plan:
             transfer = self.guest_queries.transfer
             sent += transfer.sent_bytes(itemsize * self.value_dim + wide * 2, self.rank, self.world_size)
             sent += transfer.returned_bytes(wide * self.head_dim, self.rank)
+        if self.hierarchy is not None:
+            sent += self.hierarchy.sent_bytes_backward(itemsize, self.head_dim, self.value_dim)
+        if self.correction is not None:
+            sent += self.correction.sent_bytes_backward(itemsize)
         return sent * batch
 
     def work(self, itemsize: int = 2) -> list[Work]:
@@ -245,7 +281,7 @@ def make_plan(
     if block_q % block_k and block_k % block_q:
         raise ConfigError(f"block_q is {block_q} and block_k is {block_k}; expected one to divide the other")
     if isinstance(layout, Layout):
-        unit = max(block_q, block_k)
+        unit = _unit(spec, block_q, block_k)
         if (layout.seq_len, layout.world_size) != (seq_len, numbers["world_size"]) or layout.unit % unit:
             raise ConfigError(
                 f"layout is for {layout.seq_len} tokens on {layout.world_size} ranks in units of "
@@ -271,7 +307,7 @@ def _plan(
     world_size, blocks = n["world_size"], (n["block_q"], n["block_k"])
     outline = make_outline(spec.tokens.by_head(n["heads"]), n["seq_len"], blocks, world_size)
     if not isinstance(layout, Layout):
-        layout = _choose_layout(layout, outline, n)
+        layout = _choose_layout(layout, outline, n, _unit(spec, *blocks))
     if schedule == "auto":
         owned = np.maximum(count_rows(owned_pages(layout, blocks[1])), 1)
         most = max(
@@ -298,12 +334,22 @@ def _plan(
         tokens=int(layout.tokens()[rank]),
         key=digest,
     )
+    _ = plan.hierarchy  # raises what does not fit the length
     # Equal plans are one object, so that a name never outlives the plan that it was given to.
     return plans.setdefault(plan.name, plan)
 
 
-def _choose_layout(name: str, outline: Outline, n: dict[str, Any]) -> Layout:
-    unit = max(n["block_q"], n["block_k"])
+def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
+    """What segments are whole multiples of: tiles, pages, and whatever of a spec never crosses ranks."""
+    unit = max(block_q, block_k)
+    if spec.summaries:
+        unit = math.lcm(unit, spec.summaries[0].stride or 1)
+    if spec.select is not None:
+        unit = math.lcm(unit, spec.select.chunk)
+    return unit if spec.correction is None else math.lcm(unit, spec.correction.every)
+
+
+def _choose_layout(name: str, outline: Outline, n: dict[str, Any], unit: int) -> Layout:
     per_unit = unit // n["block_q"]
     padded = np.zeros(-(-len(outline.tiles) // per_unit) * per_unit, np.int64)
     padded[: len(outline.tiles)] = outline.tiles

@@ -57,10 +57,10 @@ def _forward(
     tokens, own_rows, own_pages, tiles, most, scale,
     q_n, q_h, out_n, out_h, lse_n, lse_h, k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
     bias_n, bias_h, guest_bias_n, guest_bias_h,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
-    V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, RESUME: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
+    V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr,
+    RESUME: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
     if not exists:
@@ -111,7 +111,7 @@ def _forward(
             scores += key_biases(
                 bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
             )[None, :]  # fmt: skip
-        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
+        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
         scores = tl.where(allowed, scores, float("-inf"))
         v_at = v_page + column[:, None] * v_row + dv
         high, total, acc = _softmax_step(scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, True, PRECISION)
@@ -242,8 +242,9 @@ def forward(
             q[b], out[b], lse[b], *(x[b] for x in (*own, *guests, *biases)), slot_out, slot_lse,
             work.items, work.item_ptr, units, *work.visits,
             q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
-            BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=chosen.columns, ROWS=rows, HEADS=size, HEADS_2=size_2,
-            ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, SIDE_BY_SIDE=side_by_side,
+            MASK_ROWS=table.mask_rows, BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=chosen.columns,
+            ROWS=rows, HEADS=size, HEADS_2=size_2, ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
+            SIDE_BY_SIDE=side_by_side,
             ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None, STAGES=chosen.stages,
             PRECISION=precision(q.dtype), num_warps=chosen.warps,
         )  # fmt: skip

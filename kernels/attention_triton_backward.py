@@ -94,7 +94,8 @@ def _grad_queries(
     tokens, own_rows, own_pages, tiles, most, scale,
     q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h, dq_n, dq_h,
     k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h, bias_n, bias_h, guest_bias_n, guest_bias_h,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr,
     HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
     V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr, BIAS: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,7 +142,7 @@ def _grad_queries(
         values = tl.load(v_page + column[:, None] * v_row + dv, mask=there[:, None] & (dv < V_DIM), other=0.0)
         if BIAS:
             biases = key_biases(bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS)
-        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
+        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
         acc = _query_step(
             queries, grads, row_lse, row_delta, keys, values, biases, allowed, acc, scale2, True, BIAS, PRECISION
         )
@@ -221,8 +222,9 @@ def _grad_keys(
     q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h,
     k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h, bias_n, bias_h, guest_bias_n, guest_bias_h,
     dk_n, dk_h, dv_n, dv_h, guest_dk_n, guest_dk_h, guest_dv_n, guest_dv_h, db_n, db_h, guest_db_n, guest_db_h,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, SUBS: tl.constexpr, ROWS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, KV_HEADS: tl.constexpr,
+    MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
+    SUBS: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     ONE_TABLE: tl.constexpr, DIM: tl.constexpr,
     DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -273,7 +275,7 @@ def _grad_keys(
                 delta_n, delta_h, BLOCK_Q, ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
             )  # fmt: skip
             mask = tl.load(part_mask + i // PARTS)
-            allowed = mask_bits_transposed(masks, mask, token, sub, BLOCK_Q, BLOCK_K, COLUMNS)
+            allowed = mask_bits_transposed(masks, mask, token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
             acc_k, acc_v, acc_b = _key_step(
                 keys, values, biases, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, acc_b, scale2, True,
                 BIAS, PRECISION,
@@ -382,8 +384,8 @@ def backward(
     sizes = Sizes(tile_rows, page_rows, max(dim_2, v_dim_2))
     for_queries, for_keys = (configuration(kernel, device, q.dtype, sizes) for kernel in ("queries", "keys"))
     shared = dict(
-        BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2, BIAS=bias is not None,
-        PRECISION=precision(q.dtype), DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
+        MASK_ROWS=table.mask_rows, BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2,
+        BIAS=bias is not None, PRECISION=precision(q.dtype), DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
     )  # fmt: skip
     slots = dq.new_empty(by_query.slots, heads, table.block_q, dim)
     slot_dk = dq.new_empty(by_key.slots, kv_heads, table.block_k, dim)

@@ -146,8 +146,9 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[
         left_out: bool [rows], rows that no mean counts; None if all count.
 
     Returns:
-        float32 [batch, chunks, heads, dim], zeros where a chunk has no row, and float32 [chunks], how many rows count.
-        Sums are made in float32, in an order in which neither other chunks nor the place of x in memory have a part.
+        [batch, chunks, heads, dim], zeros where a chunk has no row, and [chunks], how many rows count; float32, but
+        float64 for x in float64 on a CPU. Sums are made in that dtype, in an order in which neither other chunks nor
+        the place of x in memory have a part.
     """
     if x.is_cuda:
         from distattn.kernels import rows_triton
@@ -155,8 +156,9 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[
         return rows_triton.chunk_means(x if x.stride(3) == 1 else x.contiguous(), chunk, left_out)
     rows = x.shape[1]
     chunks = -(-rows // chunk)
-    counts = torch.ones(rows) if left_out is None else (~left_out).float()
-    values = x.contiguous().float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    counts = torch.ones(rows, dtype=dtype) if left_out is None else (~left_out).to(dtype)
+    values = x.contiguous().to(dtype)
     if left_out is not None:
         values = values.masked_fill(left_out[:, None, None], 0.0)
     padding = chunks * chunk - rows

@@ -28,9 +28,9 @@ class SelectedTable(Tiling):
     Attributes, beside those of a Tiling:
         selected: int32 [tables, tiles, n]: the pages that each query tile visits, in any order and none twice; a number
             below 0 is no page.
-        masks: int32 [tables, tiles, n, block_q, ceil(block_k / 32)], contiguous, on the same device: which pairs of
-            each of these tiles are allowed, column c as bit c % 32 of word c // 32. None if all are; then no page that
-            is selected may have fewer than block_k rows.
+        masks: int32 [tables, tiles, n, block_q or 1, ceil(block_k / 32)], contiguous, on the same device: which pairs
+            of each of these tiles are allowed, column c as bit c % 32 of word c // 32; one row stands for all rows of
+            a tile. None if all are; then no page that is selected may have fewer than block_k rows.
 
     Raises:
         ValueError: shapes, dtypes or devices are others.
@@ -50,7 +50,7 @@ class SelectedTable(Tiling):
             raise ValueError(f"selected has {self.selected.numel()} entries; expected fewer than {_MOST}")
         if self.masks is None:
             return
-        wanted = (*shape, self.block_q, -(-self.block_k // 32))
+        wanted = (*shape, self.mask_rows, -(-self.block_k // 32))
         if tuple(self.masks.shape) != wanted or self.masks.dtype != torch.int32:
             found = f"{self.masks.dtype} {list(self.masks.shape)}"
             raise ValueError(f"masks is {found}; expected torch.int32 {list(wanted)}")
@@ -62,6 +62,12 @@ class SelectedTable(Tiling):
     @property
     def tables(self) -> int:
         return self.selected.shape[0]
+
+    @property
+    def mask_rows(self) -> int:
+        """Rows of a mask: 1 or block_q."""
+        one = self.masks is not None and self.masks.ndim == 5 and self.masks.shape[3] == 1
+        return 1 if one else self.block_q
 
     @property
     def is_empty(self) -> bool:
@@ -177,7 +183,7 @@ class SelectedTable(Tiling):
         page = chosen.ravel()[entry]
         ptr = np.searchsorted(row, np.arange(len(chosen) + 1)).astype(np.int32)
         none, nowhere = np.zeros(0, np.int32), np.zeros(len(chosen) + 1, np.int32)
-        words = np.zeros((0, self.block_q, -(-self.block_k // 32)), np.uint32)
+        words = np.zeros((0, self.mask_rows, -(-self.block_k // 32)), np.uint32)
         if self.masks is not None:
             words = self.masks.flatten(0, 2).cpu().numpy().view(np.uint32)[entry]
         masked = self.masks is not None

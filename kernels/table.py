@@ -43,6 +43,11 @@ class Tiling:
     def pages(self) -> int:
         return self.own_pages + self.guest_pages
 
+    @property
+    def mask_rows(self) -> int:
+        """Rows of a mask: one for each row of a tile."""
+        return self.block_q
+
     @cached_property
     def cache(self) -> dict[object, Any]:
         """What kernels have made of the table, such as its copy on a device."""

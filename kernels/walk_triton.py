@@ -120,24 +120,33 @@ def key_biases(
 
 
 @triton.jit
-def mask_bits(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [rows, COLUMNS]: whether a row may attend to columns sub .. of a page. Rows beyond the tile may not."""
+def mask_bits(
+    masks, mask, token, sub, MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """bool [rows, COLUMNS]: whether a row may attend to columns sub .. of a page. Rows beyond the tile may not.
+
+    A mask has MASK_ROWS rows: one for each token of the tile, or one for all.
+    """
     WORDS: tl.constexpr = (BLOCK_K + 31) // 32  # of a mask's row
     HERE: tl.constexpr = (COLUMNS + 31) // 32
     word = sub // 32 + tl.arange(0, HERE)
-    row = masks + (mask.to(tl.int64) * BLOCK_Q + token) * WORDS
+    row = masks + (mask.to(tl.int64) * MASK_ROWS + token % MASK_ROWS) * WORDS
     words = tl.load(row[:, None] + word[None, :], mask=(token < BLOCK_Q)[:, None] & (word < WORDS)[None, :], other=0)
     bits = (words[:, :, None] >> (sub % 32 + tl.arange(0, COLUMNS // HERE))[None, None, :]) & 1
     return tl.reshape(bits, [token.shape[0], COLUMNS]) != 0
 
 
 @triton.jit
-def mask_bits_transposed(masks, mask, token, sub, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr):
+def mask_bits_transposed(
+    masks, mask, token, sub, MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
     """bool [COLUMNS, rows]: the transpose of :func:`mask_bits`."""
     WORDS: tl.constexpr = (BLOCK_K + 31) // 32
     HERE: tl.constexpr = (COLUMNS + 31) // 32
     word = sub // 32 + tl.arange(0, HERE)
-    row = masks + (mask.to(tl.int64) * BLOCK_Q + token) * WORDS
+    row = masks + (mask.to(tl.int64) * MASK_ROWS + token % MASK_ROWS) * WORDS
     words = tl.load(row[None, :] + word[:, None], mask=(token < BLOCK_Q)[None, :] & (word < WORDS)[:, None], other=0)
     bits = (words[:, None, :] >> (sub % 32 + tl.arange(0, COLUMNS // HERE))[None, :, None]) & 1
     return tl.reshape(bits, [COLUMNS, token.shape[0]]) != 0

@@ -7,9 +7,10 @@ import torch
 from rank_pool import RankError, RankPool
 
 from distattn import presets, reference
-from distattn.attend import attend, sent
+from distattn.attend import attend
 from distattn.errors import PlanMismatch
 from distattn.jobs.context import Context
+from distattn.operators import sent
 from distattn.patterns import (
     BlockSparse,
     Causal,

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn import reference
-from distattn.attend import sent
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
 from distattn.exchange import gather_rows
 from distattn.jobs.context import Context
 from distattn.jobs.settings import attention_spec, model_config, plan_options
 from distattn.model import DTYPES, Decoder
+from distattn.operators import sent
 from distattn.plan import Plan, make_plan
 from distattn.presets import dense
 

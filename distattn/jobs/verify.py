@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distattn import presets, reference
-from distattn.attend import attend, sent
+from distattn.attend import attend
 from distattn.conf.schema import Config, VerifyConfig
 from distattn.jobs.context import Context
 from distattn.layout import LAYOUTS
+from distattn.operators import sent
 from distattn.plan import make_plan
 from distattn.spec import AttentionSpec
 

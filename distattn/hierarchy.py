@@ -1,0 +1,271 @@
+"""Where the levels of a spec lie: summaries of the whole sequence, and what one rank makes, brings and visits of them.
+
+Every rank pools the level-1 chunks that it owns. These travel to all ranks, which make the higher levels of them,
+alike. So each rank has all summaries in one buffer, level by level, each level padded to whole pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from distattn.algebra import Dense, Pattern
+from distattn.axis import Axis
+from distattn.kernels.table import TileTable
+from distattn.layout import Layout
+from distattn.messages import Ownership, Transfer, to_everyone
+from distattn.patterns import Causal, GlobalKeys
+from distattn.segment_patterns import Chunked
+from distattn.spans import Ints
+from distattn.spec import AttentionSpec
+from distattn.tiles import Extents, assemble, visit
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Summaries of one level over the whole sequence.
+
+    chunk, stride: tokens. members: how many of the level below a whole one has.
+    start, stop: int64 [count], the positions [start, stop) that a summary stands for.
+    size: int64 [count]: n, how many of these it counts; 0: there is no such summary.
+    first_row: of the summary buffer.
+    """
+
+    chunk: int
+    stride: int
+    members: int
+    start: Ints
+    stop: Ints
+    size: Ints
+    first_row: int
+
+    @property
+    def count(self) -> int:
+        return len(self.start)
+
+
+class Hierarchy:
+    """The levels and chunks of one spec on one rank. Raises ValueError if the sequence is shorter than a summary.
+
+    Attributes:
+        levels: of summaries.
+        left_out: int64, ascending: global keys, which are not pooled.
+        global_rows: int64: this rank's global queries, as rows of its own tokens.
+        window: (chunk, reach) of level 0, where it is a chunk window; the own chunk with merge="gate".
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, layout: Layout, heads: int, kv_heads: int, blocks: tuple[int, int], rank: int
+    ) -> None:
+        self.spec, self.layout, self.rank, self.blocks = spec, layout, rank, blocks
+        self.heads, self.kv_heads, self.length, self.causal = heads, kv_heads, layout.seq_len, spec.causal
+        window = spec.window if spec.merge == "softmax" else None
+        tokens, keys = (window.global_tokens, window.global_keys) if window else ((), ())
+        globals_ = np.unique(np.asarray([*tokens, *keys], np.int64))
+        self.left_out = globals_[globals_ < self.length]
+        self.global_rows = self._local(np.asarray([n for n in tokens if n < self.length], np.int64))
+        if window is not None:
+            self.window = window.chunk, window.reach
+        else:
+            self.window = (spec.select.chunk, 1) if spec.select else (1, 1)
+        self.levels = self._make_levels()
+
+    @property
+    def rows(self) -> int:
+        """Of the summary buffer."""
+        last = self.levels[-1]
+        return last.first_row + self._padded(last.count)
+
+    def _padded(self, count: int) -> int:
+        return -(-count // self.blocks[1]) * self.blocks[1]
+
+    def _make_levels(self) -> tuple[Level, ...]:
+        levels: list[Level] = []
+        first_row = 0
+        for number, summaries in enumerate(self.spec.summaries):
+            assert summaries.stride is not None
+            if summaries.overlaps:  # whole chunks only
+                if self.length < summaries.chunk:
+                    raise ValueError(
+                        f"seq_len is {self.length}; expected at least {summaries.chunk}, the chunk of summaries"
+                    )
+                start = np.arange(0, self.length - summaries.chunk + 1, summaries.stride)
+            else:
+                start = np.arange(0, self.length, summaries.chunk)
+            stop = np.minimum(start + summaries.chunk, self.length)
+            size = stop - start - (np.searchsorted(self.left_out, stop) - np.searchsorted(self.left_out, start))
+            below = 1 if number == 0 else levels[-1].chunk
+            members = summaries.chunk // below
+            levels.append(Level(summaries.chunk, summaries.stride, members, start, stop, size, first_row))
+            first_row += self._padded(len(start))
+        return tuple(levels)
+
+    def visible(self, number: int) -> Pattern:
+        """Which queries attend to a summary of a level, as a pattern of its positions ``_places``."""
+        level = self.levels[number]
+        if self.spec.merge == "gate":
+            return Causal() if self.causal else Dense()
+        reach = self.window[1] if number == 0 else self.spec.summaries[number - 1].reach
+        assert reach is not None
+        pattern: Pattern = ~Chunked(level.chunk, reach - 1, 0 if self.causal else reach - 1)
+        further = self.spec.summaries[number].reach
+        if further is not None:
+            coarser = self.levels[number + 1].chunk
+            pattern = Chunked(coarser, further - 1, 0 if self.causal else further - 1) & pattern
+        empty = level.start[level.size == 0]
+        if len(empty):
+            pattern = pattern & ~GlobalKeys(empty.tolist())
+        return Causal() & pattern if self.causal else pattern
+
+    def _places(self, level: Level) -> Ints:
+        """What stands for a summary in patterns: with gates its last position, so that causality is enough."""
+        return level.stop - 1 if self.spec.merge == "gate" else level.start
+
+    @cached_property
+    def table(self) -> TileTable:
+        """What this rank's query tiles visit of the summary buffer, where nothing is selected."""
+        tiles = np.flatnonzero(self.layout.owners(self.blocks[0]) == self.rank)
+        queries = Axis.grid(self.length, self.blocks[0])
+        parts = []
+        for number, level in enumerate(self.levels):
+            keys = Axis(self.length, self.blocks[1], gathered=self._places(level))
+            visits = visit(self.visible(number), queries, keys).rows(tiles)
+            parts.append((visits, Extents.of(np.arange(keys.blocks), level.first_row // self.blocks[1])))
+        return assemble([parts], [0] * self.heads, len(tiles), self.blocks, self.rows // self.blocks[1], 0)
+
+    def transfers(self, what: str) -> tuple[Transfer, int]:
+        """One of what travels to all ranks, by name, and how many rows that is."""
+        if what == "summaries":
+            return self.gather, self.levels[0].count
+        if what == "chunks":
+            return self.gather_chunks, self.chunks
+        found = self.halo if what == "halo" else self.tile_before
+        assert found is not None, what
+        return found[0], len(found[1])
+
+    @cached_property
+    def gather(self) -> Transfer:
+        """Brings every rank's level-1 summaries to all, in the order of the chunks."""
+        level = self.levels[0]
+        owner = self.layout.owner_of(level.start)
+        heads = tuple(range(self.kv_heads))
+        mine = np.arange(int((owner == self.rank).sum()))
+        return to_everyone(owner, mine, heads, self.rank, self.layout.world_size)
+
+    @cached_property
+    def my_chunks(self) -> Ints:
+        """int64: the level-1 summaries that this rank pools, in the order of its rows."""
+        return np.flatnonzero(self.layout.owner_of(self.levels[0].start) == self.rank)
+
+    @cached_property
+    def halo(self) -> tuple[Transfer, Ints] | None:
+        """Where summaries overlap: rows that follow segments, brought to all ranks, and their positions."""
+        level = self.levels[0]
+        more = level.chunk - level.stride
+        if more == 0 or self.layout.world_size == 1:
+            return None
+        ends = self.layout.stop[self.layout.stop < self.length]
+        positions = np.unique(np.minimum((ends[:, None] + np.arange(more)).ravel(), self.length - 1))
+        return self._bring(positions, self.kv_heads), positions
+
+    # What selection needs.
+
+    @property
+    def level_is_chunks(self) -> bool:
+        """Whether the summaries of level 1 stand for the chunks that are chosen."""
+        return bool(self.levels) and self.levels[0].chunk == self.levels[0].stride == self.chunk
+
+    @property
+    def chooses_by_tile_before(self) -> bool:
+        select = self.spec.select
+        return select is not None and select.per == "tile" and self.causal and not select.lookahead
+
+    @property
+    def chunk(self) -> int:
+        assert self.spec.select is not None
+        return self.spec.select.chunk
+
+    @property
+    def tile(self) -> int:
+        """Queries that choose together."""
+        return 1 if self.spec.select is not None and self.spec.select.per == "token" else self.chunk
+
+    @property
+    def head_table(self) -> tuple[int, ...]:
+        """Of each query head, which choice is its."""
+        assert self.spec.select is not None
+        share = self.heads // self.kv_heads if self.spec.select.heads == "kv" else 1
+        return tuple(head // share for head in range(self.heads))
+
+    @cached_property
+    def ownership(self) -> Ownership:
+        return Ownership(self.chunk_owner, self.my_selectable, self.chunk, self.rank)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // self.chunk)
+
+    @cached_property
+    def chunk_size(self) -> Ints:
+        """int64 [chunks]: how many of a chunk's tokens are not global keys; 0: no candidate."""
+        start = np.arange(self.chunks) * self.chunk
+        stop = np.minimum(start + self.chunk, self.length)
+        return stop - start - (np.searchsorted(self.left_out, stop) - np.searchsorted(self.left_out, start))
+
+    @cached_property
+    def my_selectable(self) -> Ints:
+        """int64: the chunks that this rank owns, in the order of its rows."""
+        return np.flatnonzero(self.chunk_owner == self.rank)
+
+    @cached_property
+    def chunk_owner(self) -> Ints:
+        return self.layout.owners(self.chunk)
+
+    @cached_property
+    def gather_chunks(self) -> Transfer:
+        """Brings something of every rank's chunks to all, in the order of the chunks."""
+        mine = np.arange(len(self.my_selectable))
+        return to_everyone(self.chunk_owner, mine, tuple(range(self.kv_heads)), self.rank, self.layout.world_size)
+
+    @cached_property
+    def tile_before(self) -> tuple[Transfer, Ints] | None:
+        """Of tiles of a chunk each: those before segments, brought to all ranks as rows of ``my_selectable``."""
+        tiles = self.layout.start[self.layout.start > 0] // self.chunk - 1
+        if len(tiles) == 0:
+            return None
+        owner = self.chunk_owner[tiles]
+        mine = np.searchsorted(self.my_selectable, tiles[owner == self.rank])
+        return to_everyone(owner, mine, tuple(range(self.heads)), self.rank, self.layout.world_size), tiles
+
+    def _bring(self, positions: Ints, heads: int) -> Transfer:
+        owner = self.layout.owner_of(positions)
+        return to_everyone(owner, self._local(positions), tuple(range(heads)), self.rank, self.layout.world_size)
+
+    def _local(self, positions: Ints) -> Ints:
+        """Those of some positions that this rank owns, as rows of its own tokens."""
+        return self.layout.local_rows(positions[self.layout.owner_of(positions) == self.rank], self.rank)
+
+    def sent_bytes(self, itemsize: int, head_dim: int, value_dim: int) -> int:
+        """Bytes that this rank sends in a forward pass of a batch of one, but for chosen pages."""
+        wide, world, sent = max(itemsize, 4), self.layout.world_size, 0
+        if self.levels:
+            sent += self.gather.sent_bytes(wide * (head_dim + value_dim), self.rank, world)
+            if self.halo is not None:
+                sent += self.halo[0].sent_bytes(itemsize * (head_dim + value_dim), self.rank, world)
+        if self.spec.select is not None:
+            if not self.level_is_chunks and self.spec.select.score == "mean":
+                sent += self.gather_chunks.sent_bytes(wide * head_dim, self.rank, world)
+            if self.chooses_by_tile_before and self.tile_before is not None:
+                sent += self.tile_before[0].sent_bytes(wide * head_dim, self.rank, world)
+        return sent
+
+    def sent_bytes_backward(self, itemsize: int, head_dim: int, value_dim: int) -> int:
+        """The same of a backward pass. Choices have no gradient."""
+        wide, sent = max(itemsize, 4), 0
+        if self.levels:
+            sent += self.gather.returned_bytes(wide * (head_dim + value_dim), self.rank)
+            if self.halo is not None:
+                sent += self.halo[0].returned_bytes(wide * (head_dim + value_dim), self.rank)
+        return sent

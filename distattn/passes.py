@@ -1,0 +1,306 @@
+"""One forward or backward pass of a rank: the stage loop, and what else is attended under the same softmax.
+
+For each stage: fill the arena, run the tile kernel, merge by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.arena import GuestQueries, Stage
+from distattn.exchange import Counter, Exchange, Pending
+from distattn.kernels.attention import (
+    Biases,
+    Pages,
+    accumulator_dtype,
+    attention_backward,
+    attention_forward,
+    row_deltas,
+)
+from distattn.kernels.rows import add_rows, merge
+from distattn.kernels.selected import AnyTable
+from distattn.kernels.table import TileTable
+from distattn.messages import Message, Transfer
+from distattn.plan import Plan
+
+
+class Source(NamedTuple):
+    """What is attended beside the plan's pattern: pages with their gradients, a table for each of the batch.
+
+    d_own: None where ``own`` are the rank's K and V; d_own, d_guests and d_bias are read in backward passes only.
+    """
+
+    own: Pages
+    guests: Pages
+    tables: Sequence[AnyTable]
+    bias: Biases | None = None
+    d_own: Pages | None = None
+    d_guests: Pages | None = None
+    d_bias: Biases | None = None
+
+
+class Pass:
+    """One forward or backward pass over a plan.
+
+    tokens: whether the plan's pattern is attended; else only ``sources`` are.
+    sources: what is attended beside it, under the same softmax.
+    """
+
+    def __init__(self, plan: Plan, counter: Counter, tokens: bool = True, sources: Sequence[Source] = ()) -> None:
+        self.plan = plan
+        self.exchange = Exchange(plan.group_name, plan.rank, counter)
+        self.stages = plan.stages if tokens else ()
+        self.queries = plan.guest_queries if tokens else None
+        self.sources = sources
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(out, lse, guests, guest queries): the last two are what a direct plan's backward pass reads again."""
+        dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
+        several = len(stages) != 1 or bool(self.sources)
+        slots = self._slots(k, v)
+        pending = self._bring(stages[0], own, slots[0]) if stages else Pending()
+        guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
+        queries_here = self.exchange.bring(queries.transfer, [q], [guest_q]) if queries else Pending()
+
+        out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
+        lse = q.new_empty(q.shape[:3], dtype=dtype)
+        if several or stages[0].table.has_empty_rows:  # tiles that visit nothing are left alone
+            out.zero_()
+            lse.fill_(-torch.inf)
+        for number, stage in enumerate(stages):
+            guests = _rows(slots[number % 2], stage)
+
+            def run(table: TileTable, guests: Pages = guests, later: bool = number > 0) -> None:
+                attention_forward(q, own, guests, table, out, lse, scale=scale, resume=later)
+
+            arrived = pending
+            if number + 1 < len(stages):
+                # The other slot is free, since its stage is done.
+                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
+            run(stage.alone)
+            arrived.wait()
+            run(stage.with_guests)
+        if self.sources:
+            self._attend_sources(q, out, lse, scale)
+        if queries is not None:
+            queries_here.wait()
+            self._attend_guest_queries(queries, guest_q, own, out, lse, scale)
+        return out.to(q.dtype), lse, slots[0].flat if len(stages) == 1 else q.new_empty(0), guest_q
+
+    def _attend_sources(self, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+        """Goes on with what is attended beside the pattern; global queries have seen everything."""
+        rows = self._global_rows(q.device)
+        kept = out[:, rows], lse[:, rows]
+        for source in self.sources:
+            for b in range(q.shape[0]):
+                attention_forward(
+                    q[b : b + 1],
+                    _pages_of(source.own, b),
+                    _pages_of(source.guests, b),
+                    source.tables[b],
+                    out[b : b + 1],
+                    lse[b : b + 1],
+                    scale=scale,
+                    resume=True,
+                    bias=_bias_of(source.bias, b),
+                )
+        out[:, rows], lse[:, rows] = kept
+
+    def _global_rows(self, device: torch.device) -> Tensor:
+        hierarchy = self.plan.hierarchy
+        return torch.from_numpy(hierarchy.global_rows if hierarchy else np.zeros(0, np.int64)).to(device)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        kept: Tensor,
+        guest_q: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv); gradients of sources are added to theirs."""
+        dtype, stages, own = accumulator_dtype(q.dtype), self.stages, Pages(k, v)
+        several = len(stages) > 1
+        delta = row_deltas(out, grad_out, grad_lse)
+        # What one launch makes is written as it is returned; what several add to is summed up in the wider dtype.
+        once = len(stages) == 1 and self.queries is None and not self.sources
+        dq = q.new_zeros(q.shape, dtype=q.dtype if once else dtype)
+        alone = once and not stages[0].transfers
+        d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
+        # A direct plan kept its guests; a ring brings them again.
+        slots = self._slots(k, v) if several else [_Slot(kept, k, v)] * 2
+        pending = self._bring(stages[0], own, slots[0]) if several else Pending()
+        homeward: list[Pending] = []
+        if self.queries is not None:
+            homeward.append(
+                self._guest_queries_backward(self.queries, guest_q, own, grad_out, lse, delta, dq, d_own, scale)
+            )
+        for number, stage in enumerate(stages):
+            guests = _rows(slots[number % 2], stage)
+            d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
+
+            def run(table: TileTable, guests: Pages = guests, d_guests: Pages = d_guests) -> None:
+                attention_backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale=scale)
+
+            pending.wait()
+            if number + 1 < len(stages):
+                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
+            # Guests' gradients first: they go home while the other tiles are computed.
+            run(stage.with_guests)
+            homeward += [self._take_home(transfer, d_guests, d_own) for transfer in stage.transfers]
+            run(stage.alone)
+        if self.sources:
+            self._sources_backward(q, grad_out, lse, delta, dq, d_own, scale)
+        for part in homeward:
+            part.wait()
+        return dq.to(q.dtype), d_own.k.to(k.dtype), d_own.v.to(v.dtype)
+
+    def _sources_backward(
+        self, q: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, d_own: Pages, scale: float
+    ) -> None:
+        if len(rows := self._global_rows(q.device)):
+            lse = lse.index_fill(1, rows, torch.inf)  # exp(s - inf) = 0: they have no part in this
+        for source in self.sources:
+            into = source.d_own or d_own
+            assert source.d_guests is not None
+            for b in range(q.shape[0]):
+                attention_backward(
+                    q[b : b + 1],
+                    _pages_of(source.own, b),
+                    _pages_of(source.guests, b),
+                    source.tables[b],
+                    grad_out[b : b + 1],
+                    lse[b : b + 1],
+                    delta[b : b + 1],
+                    dq[b : b + 1],
+                    _pages_of(into, b),
+                    _pages_of(source.d_guests, b),
+                    scale=scale,
+                    bias=_bias_of(source.bias, b),
+                    d_bias=_bias_of(source.d_bias, b),
+                )
+
+    def _slots(self, k: Tensor, v: Tensor) -> list[_Slot]:
+        """Two guest buffers, of which a single stage needs but one."""
+        rows = [stage.guest_rows for stage in self.stages]
+        width = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+        # Zeros, since a page that is short leaves rows that nobody writes, and 0 times anything finite is 0.
+        first = _Slot(k.new_zeros(max(rows[::2], default=0) * width), k, v)
+        return [first, _Slot(k.new_zeros(max(rows[1::2], default=0) * width), k, v)]
+
+    def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
+        pending = [self.exchange.bring(transfer, own, slot.pages) for transfer in stage.transfers]
+
+        def wait() -> None:
+            for part in pending:
+                part.wait()
+
+        return Pending(wait)
+
+    def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
+        def receive(message: Message, rows: list[Tensor]) -> None:
+            for mine, returned in zip(d_own, rows, strict=True):
+                add_rows(mine, message.places, returned)
+
+        return self.exchange.take_home(transfer, d_guests, receive)
+
+    def _attend_guest_queries(
+        self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
+    ) -> None:
+        """Attends with all ranks' global queries over this rank's pages; partial results go home and are merged."""
+        dtype = lse.dtype
+        part = guest_q.new_zeros((*guest_q.shape[:3], out.shape[3]), dtype=dtype)
+        part_lse = guest_q.new_full(guest_q.shape[:3], -torch.inf, dtype=dtype)
+        nobody = Pages(own.k[:, :0], own.v[:, :0])
+        attention_forward(guest_q, own, nobody, queries.table, part, part_lse, scale=scale)
+        mine = torch.from_numpy(queries.mine).to(out.device)
+        total = out.new_zeros((out.shape[0], len(mine), *out.shape[2:]), dtype=dtype)
+        total_lse = lse.new_full((lse.shape[0], len(mine), lse.shape[2]), -torch.inf)
+
+        def receive(message: Message, rows: list[Tensor]) -> None:
+            merged = merge(total, total_lse, rows[0], rows[1].squeeze(-1))
+            total.copy_(merged[0])
+            total_lse.copy_(merged[1])
+
+        self.exchange.take_home(queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
+        out[:, mine] = total.to(out.dtype)
+        lse[:, mine] = total_lse
+
+    def _guest_queries_backward(
+        self,
+        queries: GuestQueries,
+        guest_q: Tensor,
+        own: Pages,
+        grad_out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        d_own: Pages,
+        scale: float,
+    ) -> Pending:
+        shape, rows = guest_q.shape[:3], torch.stack((lse, delta), dim=-1)
+        guest_grad = grad_out.new_empty((*shape, grad_out.shape[3]))
+        guest_rows = rows.new_empty((*shape, 2))
+        arriving = [
+            self.exchange.bring(queries.transfer, [grad_out], [guest_grad]),
+            self.exchange.bring(queries.transfer, [rows], [guest_rows]),
+        ]
+        for part in arriving:
+            part.wait()
+        guest_dq = dq.new_zeros(guest_q.shape)
+        nobody, d_nobody = Pages(own.k[:, :0], own.v[:, :0]), Pages(d_own.k[:, :0], d_own.v[:, :0])
+        attention_backward(
+            guest_q,
+            own,
+            nobody,
+            queries.table,
+            guest_grad,
+            guest_rows[..., 0],
+            guest_rows[..., 1],
+            guest_dq,
+            d_own,
+            d_nobody,
+            scale=scale,
+        )
+        return self.exchange.take_home(
+            queries.transfer,
+            [guest_dq],
+            lambda message, returned: add_rows(dq, message.places, returned[0]),
+        )
+
+
+class _Slot:
+    """A guest buffer: one flat tensor that holds rows of K and rows of V."""
+
+    def __init__(self, flat: Tensor, k: Tensor, v: Tensor) -> None:
+        self.flat = flat
+        batch, heads = k.shape[0], k.shape[2]
+        rows = flat.numel() // max(batch * heads * (k.shape[3] + v.shape[3]), 1)
+        k_size = batch * rows * heads * k.shape[3]
+        self.pages = Pages(
+            flat[:k_size].view(batch, rows, heads, k.shape[3]), flat[k_size:].view(batch, rows, heads, v.shape[3])
+        )
+
+
+def _rows(slot: _Slot, stage: Stage) -> Pages:
+    """The part of a guest buffer that a stage uses."""
+    return Pages(slot.pages.k[:, : stage.guest_rows], slot.pages.v[:, : stage.guest_rows])
+
+
+def _pages_of(pages: Pages, b: int) -> Pages:
+    """One of the batch."""
+    return Pages(pages.k[b : b + 1], pages.v[b : b + 1])
+
+
+def _bias_of(bias: Biases | None, b: int) -> Biases | None:
+    return None if bias is None else Biases(bias.own[b : b + 1], bias.guests[b : b + 1])

@@ -1,0 +1,308 @@
+"""Chunks chosen by the data, and the tables of what is then visited.
+
+Scores are float32 (float64 for float64 inputs) and made in slices of the same shape and place wherever rows lie, so
+that choices do not depend on the number of ranks. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distattn.extras import AttentionExtras
+from distattn.hierarchy import Hierarchy, Level
+from distattn.kernels.attention import accumulator_dtype
+from distattn.plan import Plan
+from distattn.summaries import Pooled, mean_keys
+
+# Tiles that are scored together, where tiles choose.
+_TILES_AT_ONCE = 32
+# Elements of the largest scratch tensor while tables are made.
+_SCRATCH = 1 << 24
+
+
+class Tables(NamedTuple):
+    """pages: int32 [batch, tables, tiles, n], -1: none. masks: int32 [batch, tables, tiles, n, 1, words] or None."""
+
+    pages: Tensor
+    masks: Tensor | None
+
+
+@torch.no_grad()
+def choose(q: Tensor, k: Tensor, levels: list[Pooled], plan: Plan, extras: AttentionExtras, scale: float) -> Tensor:
+    """int32 [batch, tables, tiles, most]: the chunks that this rank's query tiles choose, ascending, then -1.
+
+    tables: key/value heads, or query heads (``TopChunks.heads``); tiles: tokens, or chunks of them (``per``).
+    """
+    hierarchy, select = plan.hierarchy, plan.spec.select
+    assert hierarchy is not None and select is not None
+    dtype = accumulator_dtype(q.dtype)
+    keys, biases = None, None
+    if select.score == "mass":
+        keys, biases = levels[0].keys, levels[0].bias
+    elif hierarchy.level_is_chunks:
+        keys = levels[0].keys
+    else:
+        keys = mean_keys(k, plan, extras)
+    keys = keys.to(dtype).permute(0, 2, 3, 1)  # [batch, kv_heads, head_dim, summaries]
+    rows, numbers = _scoring_rows(q, plan)
+    slice_rows = hierarchy.chunk if hierarchy.tile == 1 else _TILES_AT_ONCE
+    most = min(max(select.k, len(set(select.always))), hierarchy.chunks)
+    batch, count, heads, _ = rows.shape
+    tables = max(hierarchy.head_table) + 1
+    found = torch.full((batch, tables, count, most), -1, dtype=torch.int32, device=q.device)
+    share = heads // hierarchy.kv_heads
+    for number in np.unique(numbers // slice_rows):
+        at = np.flatnonzero(numbers // slice_rows == number)
+        inside = torch.from_numpy(numbers[at] - number * slice_rows).to(q.device)
+        some = rows.new_zeros((batch, slice_rows, *rows.shape[2:]), dtype=dtype)
+        some[:, inside] = rows[:, at[0] : at[-1] + 1].to(dtype)
+        grouped = some.unflatten(2, (hierarchy.kv_heads, share)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        scores = (torch.matmul(grouped, keys) * scale).unflatten(2, (slice_rows, share))
+        tile = torch.arange(slice_rows, device=q.device) + int(number) * slice_rows
+        if biases is not None:
+            scores = _masses(scores + biases.T[None, :, None, None], tile, plan)
+        if hierarchy.chooses_by_tile_before and number == 0:
+            scores[:, :, 0] = 0.0  # there is no tile before the first
+        scores = scores.sum(3) if select.heads == "kv" else scores.transpose(2, 3).flatten(1, 2)
+        found[:, :, at[0] : at[-1] + 1] = _best(scores, tile, most, hierarchy)[:, :, inside]
+    return found
+
+
+def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, np.ndarray]:
+    """([batch, n, heads, head_dim], int64 [n]): what scores for each of this rank's tiles, and the tiles' numbers."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
+    if hierarchy.tile == 1:
+        return q, plan.positions.numpy()
+    chunk, numbers = hierarchy.chunk, hierarchy.my_selectable
+    dtype = accumulator_dtype(q.dtype)
+    sums = F.pad(q.to(dtype), (0, 0, 0, 0, 0, len(numbers) * chunk - q.shape[1])).unflatten(1, (-1, chunk)).sum(2)
+    sizes = np.minimum(chunk, plan.seq_len - numbers * chunk)
+    means = sums / torch.from_numpy(sizes).to(q.device, dtype)[:, None, None]
+    if not hierarchy.chooses_by_tile_before:
+        return means, numbers
+    before = numbers - 1
+    known, rows = numbers, means
+    if hierarchy.tile_before is not None:
+        (others,) = torch.ops.distattn.gather_rows([means], plan.name, "tiles")
+        known, rows = np.concatenate((numbers, hierarchy.tile_before[1])), torch.cat((means, others), dim=1)
+    if len(known) == 0:
+        return means, numbers
+    order = np.argsort(known, kind="stable")
+    index = order[np.minimum(np.searchsorted(known[order], np.maximum(before, 0)), len(known) - 1)]
+    return rows[:, torch.from_numpy(index).to(q.device)], numbers
+
+
+def _masses(scores: Tensor, tile: Tensor, plan: Plan) -> Tensor:
+    """Weights of a softmax over summaries, as those of chunks: [..., tiles, share, summaries] to [..., chunks]."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
+    level, chunk = hierarchy.levels[0], hierarchy.chunk
+    exists = torch.from_numpy(level.size > 0).to(scores.device)
+    visible = exists.expand(len(tile), -1)
+    if hierarchy.causal:
+        end = tile + 1 if hierarchy.tile == 1 else tile * chunk
+        visible = visible & (torch.from_numpy(level.stop).to(scores.device) <= end[:, None])
+    visible = visible[:, None]
+    weights = torch.softmax(scores.masked_fill(~visible, -1e30), dim=-1) * visible
+    overlap = level.chunk // level.stride
+    if overlap > 1:
+        weights = F.pad(weights, (overlap - 1, overlap - 1)).unfold(-1, overlap, 1).sum(-1)
+    pieces = chunk // level.stride
+    weights = F.pad(weights, (0, max(hierarchy.chunks * pieces - weights.shape[-1], 0)))
+    found: Tensor = weights[..., : hierarchy.chunks * pieces].unflatten(-1, (hierarchy.chunks, pieces)).sum(-1)
+    return found
+
+
+def _best(scores: Tensor, tile: Tensor, most: int, hierarchy: Hierarchy) -> Tensor:
+    """The chosen chunks of scores [batch, tables, tiles, chunks]: [batch, tables, tiles, most]."""
+    select = hierarchy.spec.select
+    assert select is not None
+    candidates, always = _candidates(tile, hierarchy)
+    left = (select.k - always.sum(1, keepdim=True)).clamp_min(0)
+    scores = scores.masked_fill(~(candidates & ~always), -math.inf)
+    # All above the last one that is chosen, and of those that equal it the lowest.
+    last = scores.topk(min(select.k, scores.shape[-1]), dim=-1).values
+    last = last.gather(-1, (left - 1).clamp(0, last.shape[-1] - 1).expand(*last.shape[:-1], 1))
+    above, equal = scores > last, (scores == last) & (scores > -math.inf)
+    taken = above | (equal & (equal.cumsum(-1) <= left - above.sum(-1, keepdim=True)))
+    taken = (taken & (left > 0)) | always
+    number = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32)
+    chunks = scores.shape[-1]
+    lowest = torch.where(taken, chunks - number, 0).topk(most, dim=-1).values
+    return torch.where(lowest > 0, chunks - lowest, -1).int()
+
+
+def _candidates(tile: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
+    """bool [tiles, chunks]: which chunks there are to choose from, and which are chosen in any case."""
+    select = hierarchy.spec.select
+    assert select is not None
+    number = torch.arange(hierarchy.chunks, device=tile.device)
+    own = (tile // hierarchy.chunk if hierarchy.tile == 1 else tile)[:, None]
+    reach = hierarchy.window[1]
+    found = number < own - reach + 1
+    if not hierarchy.causal:
+        found = found | (number >= own + reach)
+    found = found & torch.from_numpy(hierarchy.chunk_size > 0).to(tile.device)
+    always = torch.zeros_like(found)
+    if "first" in select.always:
+        always |= found & (number == 0)
+    if "own" in select.always:
+        always |= number == own
+    if "previous" in select.always:
+        always |= number == own - 1
+    return found, always
+
+
+def wanted_chunks(chosen: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """bool [kv_heads, chunks]: what is chosen by some tile of this rank."""
+    batch, tables = chosen.shape[:2]
+    found = torch.zeros((tables, hierarchy.chunks + 1), dtype=torch.bool, device=chosen.device)
+    index = torch.where(chosen < 0, hierarchy.chunks, chosen).long().transpose(0, 1).flatten(1)
+    found.scatter_(1, index, True)
+    by_head: Tensor = found[:, :-1].unflatten(0, (hierarchy.kv_heads, -1)).any(1)
+    return by_head
+
+
+def chosen_table(chosen: Tensor, slots: Tensor, plan: Plan) -> Tables:
+    """Where the chosen chunks lie: among the rank's own pages, or its guests (``slots`` of fetch_pages)."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
+    chunk, chunks = hierarchy.chunk, hierarchy.chunks
+    own_pages = -(-plan.tokens // chunk)
+    here = np.full(chunks, -1, np.int64)
+    here[hierarchy.my_selectable] = np.arange(len(hierarchy.my_selectable))
+    own = torch.from_numpy(here).to(chosen.device)
+    place = torch.where(own >= 0, own, slots.long() + own_pages)  # [kv_heads, chunks]
+    head = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // hierarchy.kv_heads)
+    at = chosen.clamp_min(0).long()
+    pages = place[head[None, :, None, None], at]
+    pages = torch.where(chosen < 0, -1, pages).int()
+    return Tables(pages, _chosen_masks(chosen, plan))
+
+
+def _chosen_masks(chosen: Tensor, plan: Plan) -> Tensor | None:
+    """Leaves out global keys, what is beyond the end, and of a token's own chunk what follows the token."""
+    hierarchy, select = plan.hierarchy, plan.spec.select
+    assert hierarchy is not None and select is not None
+    chunk, chunks = hierarchy.chunk, hierarchy.chunks
+    own = hierarchy.causal and "own" in select.always
+    whole = plan.seq_len % chunk == 0 and not len(hierarchy.left_out)
+    if whole and not own:
+        return None
+    allowed = np.zeros(chunks * chunk, np.bool_)
+    allowed[: plan.seq_len] = True
+    allowed[hierarchy.left_out] = False
+    words = -(-chunk // 32)
+    packed = np.zeros((chunks, words), np.uint32)
+    bits = np.packbits(allowed.reshape(chunks, chunk), axis=-1, bitorder="little")
+    packed.view(np.uint8)[:, : bits.shape[1]] = bits
+    masks = torch.from_numpy(packed.view(np.int32)).to(chosen.device)[chosen.clamp_min(0).long()]
+    if own:
+        position = plan.positions.to(chosen.device)
+        first = 32 * torch.arange(words, device=chosen.device)
+        until = (position % chunk + 1)[:, None] - first
+        causal = ((1 << until.clamp(0, 32)) - 1).to(torch.int32)  # [tokens, words]
+        is_own = chosen == (position // chunk)[:, None]
+        masks = torch.where(is_own.unsqueeze(-1), masks & causal[:, None], masks)
+    return masks.unsqueeze(-2).contiguous()
+
+
+def summary_table(chosen: Tensor, plan: Plan) -> Tables:
+    """What is visited of the summary buffer beside the chosen chunks, so that every token counts once."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
+    tiles = plan.positions if hierarchy.tile == 1 else torch.from_numpy(hierarchy.my_selectable) * hierarchy.chunk
+    tiles = tiles.to(chosen.device)
+    block, rows = plan.block_k, hierarchy.rows
+    most = _most_pages(hierarchy, block)
+    batch, tables, count, _ = chosen.shape
+    words = -(-block // 32)
+    pages = torch.full((batch, tables, count, most), -1, dtype=torch.int32, device=chosen.device)
+    masks = torch.zeros((batch, tables, count, most, 1, words), dtype=torch.int32, device=chosen.device)
+    step = max(1, _SCRATCH // (rows * tables))
+    number = torch.arange(rows // block, device=chosen.device, dtype=torch.int32)
+    for b in range(batch):
+        for first in range(0, count, step):
+            some = slice(first, first + step)
+            bits = _allowed_rows(chosen[b, :, some], tiles[some], hierarchy).unflatten(-1, (-1, block))
+            packed = _packed(bits, words)
+            order = torch.where(bits.any(-1), len(number) - number, 0).topk(min(most, len(number)), dim=-1).values
+            page = torch.where(order > 0, len(number) - order, 0)
+            pages[b, :, some, : order.shape[-1]] = torch.where(order > 0, page, -1).int()
+            index = page.long().unsqueeze(-1).expand(*page.shape, words)
+            masks[b, :, some, : order.shape[-1], 0] = packed.gather(-2, index)
+    return Tables(pages, masks)
+
+
+def _packed(bits: Tensor, words: int) -> Tensor:
+    """bool [..., n] as int32 [..., words], bit i % 32 of word i // 32."""
+    bits = F.pad(bits, (0, words * 32 - bits.shape[-1])).unflatten(-1, (words, 32))
+    weights = 1 << torch.arange(32, device=bits.device)
+    return (bits * weights).sum(-1).to(torch.int32)
+
+
+def _allowed_rows(chosen: Tensor, position: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """bool [tables, tiles, rows of the summary buffer], from the chunks [tables, tiles, n] that tiles chose.
+
+    position: int64 [tiles], of a tile's first query; all its queries see the same levels.
+    """
+    levels = hierarchy.levels
+    rows = torch.zeros((*chosen.shape[:2], hierarchy.rows), dtype=torch.bool, device=chosen.device)
+    opened: Tensor | None = None  # of the coarser level: summaries whose place their members take
+    for number in reversed(range(len(levels))):
+        level = levels[number]
+        seen = _seen(level, number, position, hierarchy).expand(len(chosen), -1, -1)
+        if opened is not None:
+            members = levels[number + 1].members
+            seen = seen | opened.repeat_interleave(members, dim=-1)[..., : level.count]
+        holds = torch.zeros((*chosen.shape[:2], level.count + 1), dtype=torch.bool, device=chosen.device)
+        parent = torch.where(chosen < 0, level.count, chosen.long() * hierarchy.chunk // level.chunk)
+        holds = holds.scatter_(-1, parent, True)[..., :-1]
+        exists = torch.from_numpy(level.size > 0).to(chosen.device)
+        rows[..., level.first_row : level.first_row + level.count] = seen & ~holds & exists
+        opened = seen & holds
+    return rows
+
+
+def _seen(level: Level, number: int, position: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """bool [tiles, count]: the summaries of a level that tiles visit if nothing is chosen."""
+    index = torch.arange(level.count, device=position.device)
+    spec = hierarchy.spec
+    reach = hierarchy.window[1] if number == 0 else spec.summaries[number - 1].reach
+    assert reach is not None
+    at = (position // level.chunk)[:, None]
+    found = index < at - reach + 1
+    if not hierarchy.causal:
+        found = found | (index >= at + reach)
+    further = spec.summaries[number].reach
+    if further is not None:
+        members = hierarchy.levels[number + 1].members
+        at = (position // (level.chunk * members))[:, None]
+        found = found & (index // members >= at - further + 1)
+        if not hierarchy.causal:
+            found = found & (index // members < at + further)
+    return found
+
+
+def _most_pages(hierarchy: Hierarchy, block: int) -> int:
+    """No tile visits more pages of the summary buffer than this."""
+    spec, total = hierarchy.spec, 0
+    assert spec.select is not None
+    most = max(spec.select.k, len(spec.select.always))
+    for number, level in enumerate(hierarchy.levels):
+        pages = -(-level.count // block)
+        here = pages
+        further = spec.summaries[number].reach
+        if further is not None:
+            members = hierarchy.levels[number + 1].members
+            sides = 1 if hierarchy.causal else 2
+            here = sides * (further * members // block + 2) + most * (members // block + 2)
+        total += min(pages, here)
+    return total
