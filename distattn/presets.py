@@ -6,7 +6,9 @@ Bad parameters raise ValueError, which names the parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Literal
 
 from distattn.algebra import as_int
 from distattn.patterns import (
@@ -26,7 +28,7 @@ from distattn.patterns import (
     SlidingWindow,
     Strided,
 )
-from distattn.spec import AttentionSpec
+from distattn.spec import AttentionSpec, Delta, Summaries, TopChunks, chunk_window
 
 
 def dense(causal: bool = True) -> AttentionSpec:
@@ -159,6 +161,93 @@ def spattention(heads: int, reach: int) -> AttentionSpec:
     return AttentionSpec(PerHead(DistanceBand(*band) for band in pairwise(edges)))
 
 
+def hierarchical(
+    window: int,
+    chunks: Iterable[int] = (64, 1024),
+    reach: Iterable[int] = (64,),
+    top_k: int = 0,
+    per: Literal["token", "tile"] = "token",
+    score: Literal["mean", "mass"] = "mean",
+    heads: Literal["kv", "q"] = "kv",
+    pool: Literal["mean", "attention", "mlp"] = "mean",
+    global_tokens: Iterable[int] = (),
+    global_keys: Iterable[int] = (),
+    causal: bool = True,
+    lookahead: bool = False,
+) -> AttentionSpec:
+    """A window of tokens, summaries of chunks further back, of longer ones for the rest, and the best chunks exactly.
+
+    All under one softmax, in which every token counts once; see spec.py for the levels.
+
+    window: tokens, a multiple of ``chunks[0]``: its own chunk, up to the query, and those before it (if not causal,
+        those after it as well).
+    chunks: tokens of a summary, level by level, each dividing the next.
+    reach: of each level but the last, how many chunks of the next level it reaches.
+    top_k: chunks of ``chunks[0]`` tokens that are attended token by token, the first of the sequence among them; 0:
+        none. per, score, heads, lookahead: how they are chosen, see :class:`TopChunks`.
+    pool: see :class:`Summaries`. global_tokens, global_keys: positions, see :func:`chunk_window`.
+    """
+    sizes, reaches = [as_int("chunks", size, 1) for size in chunks], list(reach)
+    if not sizes or len(reaches) != len(sizes) - 1:
+        raise ValueError(f"reach is {reaches}; expected one less than chunks, {sizes}, has entries")
+    if as_int("window", window, 1) % sizes[0]:
+        raise ValueError(f"window is {window}; expected a multiple of chunks[0], {sizes[0]}")
+    level0 = chunk_window(
+        sizes[0],
+        window // sizes[0],
+        causal=causal,
+        global_tokens=list(global_tokens),
+        global_keys=list(global_keys),
+    )
+    levels = tuple(Summaries(size, pool=pool, reach=far) for size, far in zip(sizes, [*reaches, None], strict=True))
+    select = None
+    if as_int("top_k", top_k, 0):
+        select = TopChunks(top_k, sizes[0], score, per, heads, lookahead=lookahead)
+    return AttentionSpec(level0, levels, select)
+
+
+def combiner(window: int, chunks: Iterable[int] = (64, 1024), reach: Iterable[int] = (64,)) -> AttentionSpec:
+    """Full attention factorized into a window and two levels of summaries, no choice (after Ren et al., "Combiner",
+    2021, section 4; there the levels are conditional expectations, here they are mean keys with the bias log n).
+
+    window, chunks, reach: see :func:`hierarchical`.
+    """
+    return hierarchical(window, chunks, reach)
+
+
+def moba(chunk: int, top_k: int) -> AttentionSpec:
+    """Mixture of block attention (Lu et al., "MoBA", 2025, section 2.2): each query head chooses its blocks.
+
+    A query attends to its own block, up to itself, and to the top_k - 1 earlier blocks whose mean key has the largest
+    product with it.
+
+    chunk: tokens of a block; >= 1. top_k: blocks, the own one included; >= 1.
+    """
+    others = as_int("top_k", top_k, 1) - 1
+    select = TopChunks(others, chunk, heads="q", always=()) if others else None
+    return AttentionSpec(chunk_window(chunk, 1), select=select)
+
+
+def nsa(block: int = 32, stride: int = 16, select_block: int = 64, top_n: int = 16, window: int = 512) -> AttentionSpec:
+    """Native sparse attention (Yuan et al., 2025, section 3.3): three softmaxes, added with sigmoid gates.
+
+    block, stride: compressed blocks, by an MLP. select_block, top_n: chosen blocks, the first, the query's own and the
+    one before it included, by the compressed blocks' weights, one choice for the heads of a group. window: latest
+    tokens, the query included. The gates and the MLP's parameters are ``AttentionExtras`` (nn.Attention has them).
+    """
+    return AttentionSpec(
+        SlidingWindow(as_int("window", window, 1) - 1, 0),
+        (Summaries(block, stride, "mlp", "none"),),
+        TopChunks(top_n, select_block, "mass", always=("first", "own", "previous")),
+        "gate",
+    )
+
+
+def with_delta(spec: AttentionSpec, every: int = 64) -> AttentionSpec:
+    """The spec, its result corrected by dense rows (Willette et al., "Delta Attention", 2025); see :class:`Delta`."""
+    return replace(spec, correction=Delta(every))
+
+
 PRESETS: dict[str, Callable[..., AttentionSpec]] = {
     "dense": dense,
     "mistral": mistral,
@@ -169,5 +258,9 @@ PRESETS: dict[str, Callable[..., AttentionSpec]] = {
     "etc": etc,
     "streaming_llm": streaming_llm,
     "spattention": spattention,
+    "hierarchical": hierarchical,
+    "combiner": combiner,
+    "moba": moba,
+    "nsa": nsa,
 }
 """Every preset by its name."""
