@@ -18,6 +18,7 @@ from distattn.attend import attend
 from distattn.data import IGNORE
 from distattn.errors import ConfigError
 from distattn.plan import Plan
+from distattn.rotary import rotary_table, rotate
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 """observe(layer, q, k, v, out): what went into `attend` in a layer and what came out, this rank's rows."""
@@ -248,42 +249,6 @@ class Decoder(nn.Module):
             elif name.endswith(("attention_out", "down")):
                 std /= math.sqrt(2 * self.config.layers)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles p theta^(-2 i / head_dim) (Su et al., 2021, RoFormer, section
-    3.2.2).
-
-    Angles are taken in float64: in float32 they would be wrong by hundredths of a radian at position one
-    million.
-
-    Args:
-        positions: int64 [..., T].
-        head_dim: even.
-        theta: base of the wavelengths.
-        dtype: of the result.
-
-    Returns:
-        cos and sin [..., T, 1, head_dim / 2], to be broadcast over heads.
-    """
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    angles = positions.double().unsqueeze(-1) * theta ** (-pair / head_dim)
-    angles = angles.unsqueeze(-2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by the angles of a rotary table.
-
-    Args:
-        x: [..., T, H, D].
-        cos, sin: [..., T, 1, D / 2], at least as precise as x.
-
-    Returns:
-        [..., T, H, D] in the dtype of x.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:

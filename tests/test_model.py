@@ -13,9 +13,10 @@ from distattn import model as model_module
 from distattn import reference
 from distattn.data import IGNORE
 from distattn.errors import ConfigError
-from distattn.model import Decoder, ModelConfig, rotary_table, rotate
+from distattn.model import Decoder, ModelConfig
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
 from distattn.plan import Plan, make_plan
+from distattn.rotary import rotary_table, rotate
 from distattn.spec import AttentionSpec
 
 SMALL = ModelConfig(width=24, heads=4, kv_heads=2, head_dim=8, hidden=40, dtype="float64", slice_rows=64)
