@@ -74,6 +74,7 @@ class ModelConfig:
     dtype: str = MISSING
     slice_rows: int = MISSING
     dense_layers: list[int] = field(default_factory=list)
+    select_from: int | None = None
 
 
 @dataclass

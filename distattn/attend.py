@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,9 +39,10 @@ def attend(
     plan: Plan,
     *,
     scale: float | None = ...,
-    extras: AttentionExtras = ...,
+    extras: AttentionExtras | None = ...,
     selection: Selection | None = ...,
     return_lse: Literal[False] = ...,
+    return_selection: Literal[False] = ...,
 ) -> Tensor: ...
 
 
@@ -53,10 +54,11 @@ def attend(
     plan: Plan,
     *,
     scale: float | None = ...,
-    extras: AttentionExtras = ...,
+    extras: AttentionExtras | None = ...,
     selection: Selection | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    return_lse: bool = ...,
+    return_selection: bool = ...,
+) -> Any: ...
 
 
 def attend(
@@ -69,7 +71,8 @@ def attend(
     extras: AttentionExtras | None = None,
     selection: Selection | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_selection: bool = False,
+) -> Any:
     """Attention of this rank's queries to the keys that the plan's spec allows, on all ranks. Differentiable.
 
     Query head h reads key/value head ``h // (heads // kv_heads)``. All ranks of the plan call this together.
@@ -83,10 +86,12 @@ def attend(
         extras: gates and parameters of pooling, where the spec asks for them.
         selection: of :func:`select` or another layer; None: chosen here.
         return_lse: also return the log-sum-exp of the scores.
+        return_selection: also return the selection.
 
     Returns:
-        out [batch, plan.tokens, heads, value_dim] in the dtype of q; and if asked for, lse [batch, plan.tokens, heads],
-        natural logarithm, float32 (float64 for float64 inputs). A query that may attend to nothing has out 0, lse -inf.
+        out [batch, plan.tokens, heads, value_dim] in the dtype of q, or a tuple of it and what is asked for: lse
+        [batch, plan.tokens, heads], natural logarithm, float32 (float64 for float64 inputs), and then the Selection. A
+        query that may attend to nothing has out 0, lse -inf.
 
     Raises:
         ConfigError: (a ValueError) a shape, dtype or device is not what the plan says, the extras are not those that
@@ -96,6 +101,8 @@ def attend(
     """
     extras = extras or AttentionExtras()
     why = _refusal(q, k, v, plan) or _extras_refusal(q, k, plan, extras, selection, return_lse)
+    if why is None and return_selection and plan.spec.select is None:
+        why = "return_selection is True; expected False, since the spec selects nothing"
     if why:
         operators.refuse(plan, why)
         raise ConfigError(why)
@@ -103,10 +110,11 @@ def attend(
     if plan.spec.is_static:
         out, lse, _, _ = _run(q, k, v, plan, scale)
     else:
-        out, lse = _hierarchical(q, k, v, plan, scale, extras, selection)
+        out, lse, selection = _hierarchical(q, k, v, plan, scale, extras, selection)
     if plan.correction is not None:
         out = _corrected(out, q, k, v, plan, scale)
-    return (out, lse) if return_lse else out
+    asked = [x for x, wanted in ((lse, return_lse), (selection, return_selection)) if wanted]
+    return (out, *asked) if asked else out
 
 
 def select(
@@ -149,7 +157,7 @@ def _run(
 
 def _hierarchical(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, extras: AttentionExtras, selection: Selection | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Selection | None]:
     spec, hierarchy = plan.spec, plan.hierarchy
     assert hierarchy is not None
     if not torch.compiler.is_compiling():
@@ -160,7 +168,9 @@ def _hierarchical(
     of_summaries: tuple[Tensor | None, ...] = ()
     of_chosen: tuple[Tensor | None, ...] = ()
     if spec.select is not None:
-        chosen = choose(q, k, levels, plan, extras, scale) if selection is None else selection.chunks
+        if selection is None:
+            selection = Selection(plan, choose(q, k, levels, plan, extras, scale))
+        chosen = selection.chunks
         with torch.no_grad():
             wanted = wanted_chunks(chosen, hierarchy)
         guest_k, guest_v, slots, _ = torch.ops.distattn.fetch_pages(k, v, wanted, plan.name)
@@ -169,7 +179,7 @@ def _hierarchical(
             if levels and spec.merge == "softmax":
                 of_summaries = summary_table(chosen, plan)
     if spec.merge == "softmax":
-        return _run(q, k, v, plan, scale, summaries, guests, of_summaries, of_chosen)[:2]
+        return *_run(q, k, v, plan, scale, summaries, guests, of_summaries, of_chosen)[:2], selection
     parts = [_run(q, k, v, plan, scale)]
     if summaries:
         parts.append(_run(q, k, v, plan, scale, summaries, tokens=False))
@@ -179,7 +189,7 @@ def _hierarchical(
     weights = torch.sigmoid(extras.gates.to(parts[0][1].dtype))
     total = sum(weights[..., i, None] * part[0] for i, part in enumerate(parts))
     assert isinstance(total, Tensor)
-    return total.to(q.dtype), parts[0][1]
+    return total.to(q.dtype), parts[0][1], selection
 
 
 def _corrected(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:

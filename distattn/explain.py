@@ -49,7 +49,7 @@ def explain(plan: Plan, itemsize: int, machine: Machine) -> str:
     worst = max(t.total for t in times)
     mean = sum(w.flops for w in work) / plan.world_size
     text = [
-        f"{plan.spec.tokens!r}" if len(repr(plan.spec.tokens)) < 200 else f"{repr(plan.spec.tokens)[:197]}...",
+        plan.spec.text if len(plan.spec.text) < 400 else f"{plan.spec.text[:397]}...",
         f"{plan.seq_len:,} tokens on {plan.world_size:,} ranks, layout {plan.layout.name}, schedule {plan.schedule}, "
         f"{plan.heads} query and {plan.kv_heads} key/value heads of {plan.head_dim}, "
         f"tiles of {plan.block_q} x {plan.block_k}",

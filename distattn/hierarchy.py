@@ -10,21 +10,40 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from distattn.algebra import Dense, Pattern
 from distattn.axis import Axis
+from distattn.cost import Work
 from distattn.kernels.table import TileTable
 from distattn.layout import Layout
 from distattn.messages import Ownership, Transfer, to_everyone
 from distattn.patterns import Causal, GlobalKeys
 from distattn.segment_patterns import Chunked
-from distattn.spans import Ints
+from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
 from distattn.tiles import Extents, assemble, visit
 
+_NONE = np.zeros(0, np.int64)
+
+
+class OnDevices:
+    """Arrays by name, each copied to a device once."""
+
+    @cached_property
+    def _copies(self) -> dict[tuple[torch.device, str], torch.Tensor]:
+        return {}
+
+    def on(self, device: torch.device, name: str) -> torch.Tensor:
+        """The array that is the attribute ``name``."""
+        if (device, name) not in self._copies:
+            self._copies[device, name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device)
+        return self._copies[device, name]
+
 
 @dataclass(frozen=True, eq=False)
-class Level:
+class Level(OnDevices):
     """Summaries of one level over the whole sequence.
 
     chunk, stride: tokens. members: how many of the level below a whole one has.
@@ -45,8 +64,21 @@ class Level:
     def count(self) -> int:
         return len(self.start)
 
+    @property
+    def exists(self) -> Bools:
+        return self.size > 0
 
-class Hierarchy:
+    @property
+    def centre(self) -> NDArray[np.float64]:
+        """The mean of the first and the last position."""
+        return np.asarray((self.start + self.stop - 1) / 2)
+
+    @property
+    def log_size(self) -> NDArray[np.float64]:
+        return np.log(np.maximum(self.size, 1))
+
+
+class Hierarchy(OnDevices):
     """The levels and chunks of one spec on one rank. Raises ValueError if the sequence is shorter than a summary.
 
     Attributes:
@@ -78,6 +110,12 @@ class Hierarchy:
         last = self.levels[-1]
         return last.first_row + self._padded(last.count)
 
+    @property
+    def page(self) -> int:
+        """Rows of a page of the summary buffer where chunks are chosen: few, since what takes the place of a coarse
+        summary are a few rows here and there."""
+        return 32 if self.blocks[1] % 32 == 0 else self.blocks[1]
+
     def _padded(self, count: int) -> int:
         return -(-count // self.blocks[1]) * self.blocks[1]
 
@@ -85,20 +123,19 @@ class Hierarchy:
         levels: list[Level] = []
         first_row = 0
         for number, summaries in enumerate(self.spec.summaries):
-            assert summaries.stride is not None
             if summaries.overlaps:  # whole chunks only
                 if self.length < summaries.chunk:
                     raise ValueError(
                         f"seq_len is {self.length}; expected at least {summaries.chunk}, the chunk of summaries"
                     )
-                start = np.arange(0, self.length - summaries.chunk + 1, summaries.stride)
+                start = np.arange(0, self.length - summaries.chunk + 1, summaries.step)
             else:
                 start = np.arange(0, self.length, summaries.chunk)
             stop = np.minimum(start + summaries.chunk, self.length)
             size = stop - start - (np.searchsorted(self.left_out, stop) - np.searchsorted(self.left_out, start))
             below = 1 if number == 0 else levels[-1].chunk
             members = summaries.chunk // below
-            levels.append(Level(summaries.chunk, summaries.stride, members, start, stop, size, first_row))
+            levels.append(Level(summaries.chunk, summaries.step, members, start, stop, size, first_row))
             first_row += self._padded(len(start))
         return tuple(levels)
 
@@ -170,6 +207,16 @@ class Hierarchy:
         positions = np.unique(np.minimum((ends[:, None] + np.arange(more)).ravel(), self.length - 1))
         return self._bring(positions, self.kv_heads), positions
 
+    @cached_property
+    def positions(self) -> Ints:
+        """int64 [tokens]: of this rank's rows."""
+        return np.concatenate([np.arange(*segment) for segment in self.layout.segments(self.rank)] or [_NONE])
+
+    @cached_property
+    def left_out_rows(self) -> Bools:
+        """bool [tokens]: which of this rank's rows are global keys."""
+        return np.isin(self.positions, self.left_out)
+
     # What selection needs.
 
     @property
@@ -213,6 +260,28 @@ class Hierarchy:
         start = np.arange(self.chunks) * self.chunk
         stop = np.minimum(start + self.chunk, self.length)
         return stop - start - (np.searchsorted(self.left_out, stop) - np.searchsorted(self.left_out, start))
+
+    @property
+    def selectable(self) -> Bools:
+        """bool [chunks]: which chunks are candidates, wherever they lie."""
+        return self.chunk_size > 0
+
+    @property
+    def chunk_centre(self) -> NDArray[np.float64]:
+        start = np.arange(self.chunks) * self.chunk
+        return np.asarray((start + np.minimum(start + self.chunk, self.length) - 1) / 2)
+
+    @property
+    def own_page(self) -> Ints:
+        """int64 [chunks]: where this rank has a chunk among its rows, or -1."""
+        found = np.full(self.chunks, -1, np.int64)
+        found[self.my_selectable] = np.arange(len(self.my_selectable))
+        return found
+
+    @property
+    def tile_position(self) -> Ints:
+        """int64 [tiles]: the first query of each of this rank's tiles."""
+        return self.positions if self.tile == 1 else self.my_selectable * self.chunk
 
     @cached_property
     def my_selectable(self) -> Ints:
@@ -269,3 +338,71 @@ class Hierarchy:
             if self.halo is not None:
                 sent += self.halo[0].returned_bytes(wide * (head_dim + value_dim), self.rank)
         return sent
+
+    def work(self, itemsize: int, head_dim: int, value_dim: int) -> list[Work]:
+        """What summaries and chosen chunks add to each rank's forward pass of a batch of one.
+
+        Chosen pages that travel are not among the bytes: the data decide which do.
+        """
+        world, wide = self.layout.world_size, max(itemsize, 4)
+        first, size, summaries, chosen = self._visited()
+        owner = self.layout.owner_of(first)
+        pairs = np.bincount(owner, (summaries + chosen) * size, world) * self.heads
+        sent, received = np.zeros((2, world))
+        if self.levels and world > 1:
+            owned = np.bincount(self.layout.owner_of(self.levels[0].start), minlength=world).astype(np.float64)
+            row = self.kv_heads * wide * (head_dim + value_dim)
+            sent, received = owned * (world - 1) * row, (owned.sum() - owned) * row
+        return [
+            Work(
+                tiles=0.0,
+                pairs=float(pairs[r]),
+                flops=float(pairs[r]) * 2 * (head_dim + value_dim),
+                bytes_sent=float(sent[r]),
+                bytes_received=float(received[r]),
+                guest_rows=float(self.rows if self.levels else 0),
+            )
+            for r in range(world)
+        ]
+
+    def _visited(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """Runs of queries that visit alike: (first, how many, summaries, tokens of chosen chunks), of each query."""
+        chunk, reach = self.window
+        first = np.arange(0, self.length, chunk)
+        size = np.minimum(self.length - first, chunk)
+        summaries = np.zeros_like(first)
+        if self.spec.merge == "gate":
+            first, size = np.arange(self.length), np.ones(self.length, np.int64)
+            summaries = np.zeros_like(first)
+            for level in self.levels:
+                summaries += np.searchsorted(level.stop, first + 1, side="right") if self.causal else level.count
+        else:
+            begin, end = self._edges(first, chunk, reach)
+            for level, (outer, outer_end) in zip(self.levels, self._outer_edges(first), strict=True):
+                summaries += (begin - outer) // level.chunk
+                if not self.causal:
+                    summaries += -(-(outer_end - end) // level.chunk)
+                begin, end = outer, outer_end
+        chosen = np.zeros_like(first)
+        select = self.spec.select
+        if select is not None:
+            own = first // self.chunk
+            candidates = np.maximum(own - self.window[1] + 1, 0)
+            if not self.causal:
+                candidates += np.maximum(self.chunks - own - self.window[1], 0)
+            candidates += "own" in select.always
+            chosen = np.minimum(candidates, max(select.k, len(select.always))) * self.chunk
+        return first, size, summaries, chosen
+
+    def _edges(self, position: Ints, chunk: int, reach: int) -> tuple[Ints, Ints]:
+        at = position // chunk
+        return np.maximum((at - reach + 1) * chunk, 0), np.minimum((at + reach) * chunk, self.length)
+
+    def _outer_edges(self, position: Ints) -> list[tuple[Ints, Ints]]:
+        found = []
+        for number, summaries in enumerate(self.spec.summaries):
+            if summaries.reach is None:
+                found.append((np.zeros_like(position), np.full_like(position, self.length)))
+            else:
+                found.append(self._edges(position, self.levels[number + 1].chunk, summaries.reach))
+        return found

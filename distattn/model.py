@@ -8,20 +8,23 @@ tokens never holds an MLP activation or a logit for more than one slice of them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distattn.attend import attend
+from distattn.attend import Selection, attend
 from distattn.data import IGNORE
 from distattn.errors import ConfigError
+from distattn.extras import AttentionExtras
 from distattn.plan import Plan
 from distattn.rotary import rotary_table, rotate
 
-Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
-"""observe(layer, q, k, v, out): what went into `attend` in a layer and what came out, this rank's rows."""
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, AttentionExtras, Selection | None], None]
+"""observe(layer, q, k, v, out, extras, selection): what went into `attend` in a layer and what came out, this rank's
+rows."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -45,6 +48,8 @@ class ModelConfig:
         vocab: number of token values; 256 for bytes.
         dtype: of parameters and activations; a key of DTYPES.
         slice_rows: rows that norms, projections, the MLP and the loss treat at a time.
+        select_from: a layer whose choice of chunks all later layers take over (after GLM-5.2's shared index); None:
+            each layer chooses for itself. Layers from it on have the same selection in their specs, or none.
 
     Raises:
         ConfigError: a size is below 1, kv_heads does not divide heads, head_dim is odd, or dtype is unknown.
@@ -60,6 +65,7 @@ class ModelConfig:
     vocab: int = 256
     dtype: str = "float32"
     slice_rows: int = 1024
+    select_from: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "vocab", "slice_rows"):
@@ -71,6 +77,8 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim is {self.head_dim}; expected an even number")
         if not self.rope_theta > 0:
             raise ConfigError(f"model.rope_theta is {self.rope_theta}; expected more than 0")
+        if self.select_from is not None and not 0 <= self.select_from < self.layers:
+            raise ConfigError(f"model.select_from is {self.select_from}; expected a layer from 0 to {self.layers - 1}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
@@ -91,13 +99,22 @@ class Block(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
-    def before(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """x [B, T, width], positions int64 [1, T] -> q [B, T, H, D], k and v [B, T, Hkv, D]; q, k turned."""
+    def before(self, x: Tensor, positions: Tensor, pools: bool) -> tuple[Tensor, ...]:
+        """x [B, T, width], positions int64 [1, T] -> q [B, T, H, D], k and v [B, T, Hkv, D]; q, k turned.
+
+        pools: also k before it was turned, which is what summaries are made of.
+        """
         c = self.config
         heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).view(*x.shape[:2], -1, c.head_dim)
         q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=2)
         cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        turned = rotate(q, cos, sin), rotate(k, cos, sin), v
+        return (*turned, k) if pools else turned
+
+    def turn(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Pooled keys to the centres of their chunks; see `AttentionExtras.rotate`."""
+        c = self.config
+        return rotate(keys, *rotary_table(positions.unsqueeze(0), c.head_dim, c.rope_theta, _accurate(keys.dtype)))
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [B, T, width] and attended [B, T, H, D] -> the next x."""
@@ -149,13 +166,23 @@ class Decoder(nn.Module):
         self._check(tokens, plans)
         positions = plans[0].positions.to(tokens.device).unsqueeze(0)
         (x,) = self._by_rows(self._embed, tokens)
+        kept: Selection | None = None
         for layer, (block, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             assert isinstance(block, Block)
-            q, k, v = self._by_rows(block.before, x, positions)
-            attended = attend(q, k, v, plan)
+            pools = not plan.spec.is_static
+            q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
+            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else AttentionExtras()
+            selects = plan.spec.select is not None
+            given = kept if selects and kept is not None else None
+            attended = attend(q, k, v, plan, extras=extras, selection=given, return_selection=selects)
+            selection: Selection | None = None
+            if selects:
+                attended, selection = attended
+            if layer == self.config.select_from:
+                kept = selection
             if observe is not None:
-                observe(layer, q, k, v, attended)
-            del q, k, v
+                observe(layer, q, k, v, attended, extras, selection)
+            del q, k, v, plain, extras, selection
             (x,) = self._by_rows(block.after, x, attended, overwrite=True)
             del attended
         return x

@@ -134,7 +134,8 @@ def _sources(plan: Plan, inputs: list[Any], sums: list[Tensor | None] | None) ->
         own, nobody = Pages(sk, sv), Pages(sk[:, :0], sv[:, :0])
         tables: list[AnyTable] = [hierarchy.table] * sk.shape[0]
         if summary_pages is not None:
-            tables = _tables(plan, summary_pages, summary_masks, plan.block_k, hierarchy.rows // plan.block_k, 0)
+            pages = hierarchy.rows // hierarchy.page
+            tables = _tables(plan, summary_pages, summary_masks, hierarchy.page, pages, 0)
         none = bias[:, :0]
         if sums is None:
             found.append(Source(own, nobody, tables, Biases(bias, none)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +111,8 @@ class Pass:
         out[:, rows], lse[:, rows] = kept
 
     def _global_rows(self, device: torch.device) -> Tensor:
-        hierarchy = self.plan.hierarchy
-        return torch.from_numpy(hierarchy.global_rows if hierarchy else np.zeros(0, np.int64)).to(device)
+        assert self.plan.hierarchy is not None
+        return self.plan.hierarchy.on(device, "global_rows")
 
     def backward(
         self,

@@ -120,6 +120,8 @@ def draw_plan(plan: Plan, path: str | Path, size: int = 256) -> Path:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[r]) for r in range(shown)]
     figure.legend(handles, [f"rank {r}" for r in range(shown)], loc="outside lower center", ncols=shown, frameon=False)
     text = repr(plan.spec.tokens)
+    if not plan.spec.is_static:
+        text = f"level 0, without summaries and chosen chunks: {text}"
     figure.suptitle(text if len(text) <= 110 else f"{text[:107]}...", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -193,7 +193,13 @@ class Plan:
 
     def work(self, itemsize: int = 2) -> list[Work]:
         """What each rank computes, sends and receives in a forward pass, with elements of ``itemsize`` bytes."""
-        return rank_work(self.outline, self.layout, self.kv_heads, self.head_dim, self.value_dim, itemsize)
+        work = rank_work(self.outline, self.layout, self.kv_heads, self.head_dim, self.value_dim, itemsize)
+        more = [work]
+        if self.hierarchy is not None:
+            more.append(self.hierarchy.work(itemsize, self.head_dim, self.value_dim))
+        if self.correction is not None:
+            more.append(self.correction.work(itemsize))
+        return [reduce(Work.plus, parts) for parts in zip(*more, strict=True)]
 
     def explain(self, itemsize: int = 2, machine: Machine | None = None) -> str:
         """A table of what every rank computes, sends and holds, and a prediction of the time.
@@ -344,7 +350,7 @@ def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
     """What segments are whole multiples of: tiles, pages, and whatever of a spec never crosses ranks."""
     unit = max(block_q, block_k)
     if spec.summaries:
-        unit = math.lcm(unit, spec.summaries[0].stride or 1)
+        unit = math.lcm(unit, spec.summaries[0].step)
     if spec.select is not None:
         unit = math.lcm(unit, spec.select.chunk)
     return unit if spec.correction is None else math.lcm(unit, spec.correction.every)

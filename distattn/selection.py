@@ -7,6 +7,7 @@ that choices do not depend on the number of ranks. Nothing here has a gradient.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +18,13 @@ from torch.nn import functional as F
 from distattn.extras import AttentionExtras
 from distattn.hierarchy import Hierarchy, Level
 from distattn.kernels.attention import accumulator_dtype
+from distattn.kernels.rows import chunk_means
 from distattn.plan import Plan
+from distattn.spans import Ints
 from distattn.summaries import Pooled, mean_keys
 
-# Tiles that are scored together, where tiles choose.
-_TILES_AT_ONCE = 32
-# Elements of the largest scratch tensor while tables are made.
-_SCRATCH = 1 << 24
+# Elements of the largest scratch tensor while scores and tables are made.
+_SCRATCH = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 class Tables(NamedTuple):
@@ -41,61 +42,75 @@ def choose(q: Tensor, k: Tensor, levels: list[Pooled], plan: Plan, extras: Atten
     """
     hierarchy, select = plan.hierarchy, plan.spec.select
     assert hierarchy is not None and select is not None
-    dtype = accumulator_dtype(q.dtype)
-    keys, biases = None, None
-    if select.score == "mass":
-        keys, biases = levels[0].keys, levels[0].bias
-    elif hierarchy.level_is_chunks:
+    if select.score == "mass" or hierarchy.level_is_chunks:
         keys = levels[0].keys
     else:
         keys = mean_keys(k, plan, extras)
-    keys = keys.to(dtype).permute(0, 2, 3, 1)  # [batch, kv_heads, head_dim, summaries]
     rows, numbers = _scoring_rows(q, plan)
-    slice_rows = hierarchy.chunk if hierarchy.tile == 1 else _TILES_AT_ONCE
-    most = min(max(select.k, len(set(select.always))), hierarchy.chunks)
+    keys = keys.to(rows.dtype).permute(0, 2, 3, 1).contiguous()  # [batch, kv_heads, head_dim, summaries]
     batch, count, heads, _ = rows.shape
-    tables = max(hierarchy.head_table) + 1
-    found = torch.full((batch, tables, count, most), -1, dtype=torch.int32, device=q.device)
     share = heads // hierarchy.kv_heads
-    for number in np.unique(numbers // slice_rows):
-        at = np.flatnonzero(numbers // slice_rows == number)
-        inside = torch.from_numpy(numbers[at] - number * slice_rows).to(q.device)
-        some = rows.new_zeros((batch, slice_rows, *rows.shape[2:]), dtype=dtype)
-        some[:, inside] = rows[:, at[0] : at[-1] + 1].to(dtype)
+    slice_rows = _slice_rows(_SCRATCH[q.device.type] // 4, heads * keys.shape[3], hierarchy)
+    most = min(max(select.k, len(set(select.always))), hierarchy.chunks)
+    found = torch.empty((batch, max(hierarchy.head_table) + 1, count, most), dtype=torch.int32, device=q.device)
+    edges = [0, *(np.flatnonzero(np.diff(numbers // slice_rows)) + 1).tolist(), count] if count else []
+    for first, stop in pairwise(edges):
+        number = int(numbers[first]) // slice_rows
+        # A slice has the same place for a row on every rank; those of other ranks stay zeros.
+        inside = torch.from_numpy(numbers[first:stop] - number * slice_rows).to(q.device)
+        some = rows.new_zeros((batch, slice_rows, *rows.shape[2:]))
+        some[:, inside] = rows[:, first:stop]
         grouped = some.unflatten(2, (hierarchy.kv_heads, share)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-        scores = (torch.matmul(grouped, keys) * scale).unflatten(2, (slice_rows, share))
-        tile = torch.arange(slice_rows, device=q.device) + int(number) * slice_rows
-        if biases is not None:
-            scores = _masses(scores + biases.T[None, :, None, None], tile, plan)
+        scores = (_product(grouped, keys) * scale).unflatten(2, (slice_rows, share))
+        tile = torch.arange(slice_rows, device=q.device) + number * slice_rows
+        if select.score == "mass":
+            scores = _masses(scores + levels[0].bias.T[None, :, None, None], tile, plan)
         if hierarchy.chooses_by_tile_before and number == 0:
             scores[:, :, 0] = 0.0  # there is no tile before the first
         scores = scores.sum(3) if select.heads == "kv" else scores.transpose(2, 3).flatten(1, 2)
-        found[:, :, at[0] : at[-1] + 1] = _best(scores, tile, most, hierarchy)[:, :, inside]
+        found[:, :, first:stop] = _best(scores, tile, most, hierarchy)[:, :, inside]
     return found
 
 
-def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, np.ndarray]:
-    """([batch, n, heads, head_dim], int64 [n]): what scores for each of this rank's tiles, and the tiles' numbers."""
+def _slice_rows(scratch: int, width: int, hierarchy: Hierarchy) -> int:
+    """Tiles that are scored together, ``width`` scores each; the same on all ranks."""
+    tiles = hierarchy.length if hierarchy.tile == 1 else hierarchy.chunks
+    rows = min(max(scratch // width, 16), tiles)
+    return int(2 ** math.ceil(math.log2(rows)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [batch, heads, rows, dim] times b [batch, heads, dim, n] in the accumulator's dtype."""
+    if a.dtype == accumulator_dtype(a.dtype):
+        whole: Tensor = torch.matmul(a, b)
+        return whole
+    if a.is_cuda:  # 16-bit factors, and sums that are not rounded
+        flat: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return flat.view(*a.shape[:3], b.shape[3])
+    return torch.matmul(a.float(), b.float())
+
+
+def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, Ints]:
+    """([batch, n, heads, head_dim], int64 [n]): what scores for each of this rank's tiles, and the tiles' numbers.
+
+    Queries as they are, or their means in the accumulator's dtype.
+    """
     hierarchy = plan.hierarchy
     assert hierarchy is not None
     if hierarchy.tile == 1:
-        return q, plan.positions.numpy()
-    chunk, numbers = hierarchy.chunk, hierarchy.my_selectable
-    dtype = accumulator_dtype(q.dtype)
-    sums = F.pad(q.to(dtype), (0, 0, 0, 0, 0, len(numbers) * chunk - q.shape[1])).unflatten(1, (-1, chunk)).sum(2)
-    sizes = np.minimum(chunk, plan.seq_len - numbers * chunk)
-    means = sums / torch.from_numpy(sizes).to(q.device, dtype)[:, None, None]
+        return q, hierarchy.positions
+    numbers = hierarchy.my_selectable
+    means, _ = chunk_means(q, hierarchy.chunk)
     if not hierarchy.chooses_by_tile_before:
         return means, numbers
-    before = numbers - 1
     known, rows = numbers, means
     if hierarchy.tile_before is not None:
         (others,) = torch.ops.distattn.gather_rows([means], plan.name, "tiles")
         known, rows = np.concatenate((numbers, hierarchy.tile_before[1])), torch.cat((means, others), dim=1)
-    if len(known) == 0:
+    if len(numbers) == 0:
         return means, numbers
     order = np.argsort(known, kind="stable")
-    index = order[np.minimum(np.searchsorted(known[order], np.maximum(before, 0)), len(known) - 1)]
+    index = order[np.searchsorted(known[order], np.maximum(numbers - 1, 0))]
     return rows[:, torch.from_numpy(index).to(q.device)], numbers
 
 
@@ -104,11 +119,10 @@ def _masses(scores: Tensor, tile: Tensor, plan: Plan) -> Tensor:
     hierarchy = plan.hierarchy
     assert hierarchy is not None
     level, chunk = hierarchy.levels[0], hierarchy.chunk
-    exists = torch.from_numpy(level.size > 0).to(scores.device)
-    visible = exists.expand(len(tile), -1)
+    visible = level.on(scores.device, "exists").expand(len(tile), -1)
     if hierarchy.causal:
         end = tile + 1 if hierarchy.tile == 1 else tile * chunk
-        visible = visible & (torch.from_numpy(level.stop).to(scores.device) <= end[:, None])
+        visible = visible & (level.on(scores.device, "stop") <= end[:, None])
     visible = visible[:, None]
     weights = torch.softmax(scores.masked_fill(~visible, -1e30), dim=-1) * visible
     overlap = level.chunk // level.stride
@@ -149,7 +163,7 @@ def _candidates(tile: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
     found = number < own - reach + 1
     if not hierarchy.causal:
         found = found | (number >= own + reach)
-    found = found & torch.from_numpy(hierarchy.chunk_size > 0).to(tile.device)
+    found = found & hierarchy.on(tile.device, "selectable")
     always = torch.zeros_like(found)
     if "first" in select.always:
         always |= found & (number == 0)
@@ -174,11 +188,9 @@ def chosen_table(chosen: Tensor, slots: Tensor, plan: Plan) -> Tables:
     """Where the chosen chunks lie: among the rank's own pages, or its guests (``slots`` of fetch_pages)."""
     hierarchy = plan.hierarchy
     assert hierarchy is not None
-    chunk, chunks = hierarchy.chunk, hierarchy.chunks
+    chunk = hierarchy.chunk
     own_pages = -(-plan.tokens // chunk)
-    here = np.full(chunks, -1, np.int64)
-    here[hierarchy.my_selectable] = np.arange(len(hierarchy.my_selectable))
-    own = torch.from_numpy(here).to(chosen.device)
+    own = hierarchy.on(chosen.device, "own_page")
     place = torch.where(own >= 0, own, slots.long() + own_pages)  # [kv_heads, chunks]
     head = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // hierarchy.kv_heads)
     at = chosen.clamp_min(0).long()
@@ -205,7 +217,7 @@ def _chosen_masks(chosen: Tensor, plan: Plan) -> Tensor | None:
     packed.view(np.uint8)[:, : bits.shape[1]] = bits
     masks = torch.from_numpy(packed.view(np.int32)).to(chosen.device)[chosen.clamp_min(0).long()]
     if own:
-        position = plan.positions.to(chosen.device)
+        position = hierarchy.on(chosen.device, "positions")
         first = 32 * torch.arange(words, device=chosen.device)
         until = (position % chunk + 1)[:, None] - first
         causal = ((1 << until.clamp(0, 32)) - 1).to(torch.int32)  # [tokens, words]
@@ -218,15 +230,14 @@ def summary_table(chosen: Tensor, plan: Plan) -> Tables:
     """What is visited of the summary buffer beside the chosen chunks, so that every token counts once."""
     hierarchy = plan.hierarchy
     assert hierarchy is not None
-    tiles = plan.positions if hierarchy.tile == 1 else torch.from_numpy(hierarchy.my_selectable) * hierarchy.chunk
-    tiles = tiles.to(chosen.device)
-    block, rows = plan.block_k, hierarchy.rows
+    tiles = hierarchy.on(chosen.device, "tile_position")
+    block, rows = hierarchy.page, hierarchy.rows
     most = _most_pages(hierarchy, block)
     batch, tables, count, _ = chosen.shape
     words = -(-block // 32)
     pages = torch.full((batch, tables, count, most), -1, dtype=torch.int32, device=chosen.device)
     masks = torch.zeros((batch, tables, count, most, 1, words), dtype=torch.int32, device=chosen.device)
-    step = max(1, _SCRATCH // (rows * tables))
+    step = max(1, _SCRATCH[chosen.device.type] // (rows * tables))
     number = torch.arange(rows // block, device=chosen.device, dtype=torch.int32)
     for b in range(batch):
         for first in range(0, count, step):
@@ -265,7 +276,7 @@ def _allowed_rows(chosen: Tensor, position: Tensor, hierarchy: Hierarchy) -> Ten
         holds = torch.zeros((*chosen.shape[:2], level.count + 1), dtype=torch.bool, device=chosen.device)
         parent = torch.where(chosen < 0, level.count, chosen.long() * hierarchy.chunk // level.chunk)
         holds = holds.scatter_(-1, parent, True)[..., :-1]
-        exists = torch.from_numpy(level.size > 0).to(chosen.device)
+        exists = level.on(chosen.device, "exists")
         rows[..., level.first_row : level.first_row + level.count] = seen & ~holds & exists
         opened = seen & holds
     return rows

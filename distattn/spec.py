@@ -15,7 +15,7 @@ that is not causal has the same on its other side, with e_0 = min(N, (floor(i / 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from operator import or_
 from typing import Literal
@@ -31,8 +31,21 @@ MERGES = ("softmax", "gate")
 ALWAYS = ("first", "own", "previous")
 
 
-@dataclass(frozen=True)
-class Summaries:
+class _Told:
+    """What is written of a value: its fields, but those that are left at their defaults."""
+
+    def __repr__(self) -> str:
+        said = []
+        for one in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, one.name)
+            default = getattr(self, f"_default_{one.name}", one.default)
+            if one.repr and value != default:
+                said.append(f"{one.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Summaries(_Told):
     """One level of chunk summaries: a pooled key and a pooled value for each chunk and key/value head.
 
     Global keys are left out of pooling, since every query attends to them exactly. What a chunk holds besides are its n
@@ -73,12 +86,21 @@ class Summaries:
         _one_of("bias", self.bias, BIASES)
 
     @property
+    def _default_stride(self) -> int:
+        return self.chunk
+
+    @property
+    def step(self) -> int:
+        """``stride``, whether it was given or not."""
+        return self.chunk if self.stride is None else self.stride
+
+    @property
     def overlaps(self) -> bool:
-        return self.stride != self.chunk
+        return self.step != self.chunk
 
 
-@dataclass(frozen=True)
-class TopChunks:
+@dataclass(frozen=True, repr=False)
+class TopChunks(_Told):
     """Chunks that a query chooses by the data, and attends to token by token.
 
     To choose from are the chunks that end by b_0 (or begin at e_0 or later, where the spec is not causal); with
@@ -130,8 +152,8 @@ class TopChunks:
             raise ValueError(f'always is {self.always}; expected no more than ("first",) with per="tile"')
 
 
-@dataclass(frozen=True)
-class Delta:
+@dataclass(frozen=True, repr=False)
+class Delta(_Told):
     """Dense rows that correct a sparse result (Willette et al., "Delta Attention", 2025).
 
     Rows r = 0, every, 2 every, .. are attended densely as well, and ``o_t = sparse_t + dense_r - sparse_r`` with
@@ -146,8 +168,8 @@ class Delta:
         object.__setattr__(self, "every", as_int("every", self.every, 1))
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+@dataclass(frozen=True, repr=False)
+class AttentionSpec(_Told):
     """Who attends to whom.
 
     tokens: the pattern of exact attention between tokens, level 0. With summaries or a selection and
@@ -184,6 +206,11 @@ class AttentionSpec:
         self._check_levels()
         if self.select is not None:
             self._check_selection(self.select)
+
+    @property
+    def text(self) -> str:
+        """For people: the pattern, if there is nothing else; else the whole spec."""
+        return repr(self.tokens) if self.is_static and self.correction is None else repr(self)
 
     @property
     def is_static(self) -> bool:
@@ -246,10 +273,9 @@ class AttentionSpec:
             if not self.summaries:
                 raise ValueError('select.score is "mass"; expected summaries with it, whose weights it is')
             level = self.summaries[0]
-            assert level.stride is not None
-            if select.chunk % level.stride:
+            if select.chunk % level.step:
                 found = f"select.chunk is {select.chunk}"
-                raise ValueError(f"{found}; expected a multiple of the stride of summaries[0], {level.stride}")
+                raise ValueError(f"{found}; expected a multiple of the stride of summaries[0], {level.step}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +39,7 @@ def make_summaries(k: Tensor, v: Tensor, plan: Plan, extras: AttentionExtras) ->
             keys, values = _pool_tokens(k if extras.pool_keys is None else extras.pool_keys, v, plan, level, pool)
             keys, values = torch.ops.distattn.gather_rows([keys, values], plan.name, "summaries")
         else:
-            sizes = torch.from_numpy(hierarchy.levels[number - 1].size).to(k.device, members[0].dtype)
+            sizes = hierarchy.levels[number - 1].on(k.device, "size").to(members[0].dtype)
             parts = [_by_chunk(x, level.members, level.count) for x in (*members, sizes.view(1, -1, 1, 1))]
             keys, values = _pool(parts[0], parts[1], parts[2][..., 0, 0], pool)
         members = keys, values
@@ -70,18 +69,13 @@ def mean_keys(k: Tensor, plan: Plan, extras: AttentionExtras) -> Tensor:
     means: Tensor = torch.ops.distattn.gather_rows([keys], plan.name, "chunks")[0]
     if extras.rotate is None:
         return means
-    start = np.arange(hierarchy.chunks) * hierarchy.chunk
-    return extras.rotate(means, _centres(start, np.minimum(start + hierarchy.chunk, plan.seq_len)).to(k.device))
+    return extras.rotate(means, hierarchy.on(k.device, "chunk_centre"))
 
 
 def _turned(keys: Tensor, level: Level, extras: AttentionExtras) -> Tensor:
     if extras.rotate is None:
         return keys
-    return extras.rotate(keys, _centres(level.start, level.stop).to(keys.device)).to(keys.dtype)
-
-
-def _centres(start: np.ndarray, stop: np.ndarray) -> Tensor:
-    return torch.from_numpy((start + stop - 1) / 2)
+    return extras.rotate(keys, level.on(keys.device, "centre")).to(keys.dtype)
 
 
 def _bias(keys: Tensor, number: int, level: Level, plan: Plan, extras: AttentionExtras) -> Tensor:
@@ -92,8 +86,7 @@ def _bias(keys: Tensor, number: int, level: Level, plan: Plan, extras: Attention
         return extras.key_bias[number].to(keys.dtype).expand(shape)
     if kind == "none":
         return keys.new_zeros(shape)
-    sizes = torch.from_numpy(np.log(np.maximum(level.size, 1))).to(keys.device, keys.dtype)
-    return sizes[:, None].expand(shape)
+    return level.on(keys.device, "log_size").to(keys.dtype)[:, None].expand(shape)
 
 
 def _left_out(plan: Plan, device: torch.device) -> Tensor | None:
@@ -102,7 +95,7 @@ def _left_out(plan: Plan, device: torch.device) -> Tensor | None:
     assert hierarchy is not None
     if not len(hierarchy.left_out):
         return None
-    return torch.isin(plan.positions, torch.from_numpy(hierarchy.left_out)).to(device)
+    return hierarchy.on(device, "left_out_rows")
 
 
 def _pool_tokens(

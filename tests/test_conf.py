@@ -42,8 +42,10 @@ def test_the_default_is_the_demo() -> None:
     assert config.seq_len == 1_048_576
     assert isinstance(config.job, schema.PrefillConfig) and config.job.name == "prefill"
     assert isinstance(config.launcher, schema.LocalConfig)
+    spec = attention_spec(config)
+    assert [level.chunk for level in spec.summaries] == [64, 1024] and spec.select is not None
     window = Causal() & (SlidingWindow(1023, 0) | GlobalTokens(range(16)))
-    assert attention_spec(config).tokens == window
+    assert attention_spec(config_of("attention=window_global")).tokens == window
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -84,7 +86,8 @@ def test_equal_parts(length: int, part: int, expected: list[int]) -> None:
     [
         (["attention=mistral", "attention.window=-1"], "attention=mistral: window is -1; expected"),
         (["attention.name=nope"], "attention.name is 'nope'; expected one of dense, mistral"),
-        (["+attention.sinks=4"], "attention does not fit the preset 'longformer'.*'sinks'"),
+        (["+attention.sinks=4"], "attention does not fit the preset 'hierarchical'.*'sinks'"),
+        (["attention.window=100"], r"attention=hierarchical: window is 100; expected a multiple of chunks\[0\], 64"),
         (["attention=bigbird", "attention.block=large"], "attention=bigbird: block is 'large'"),
         (["model.heads=5"], "model.heads is 5; expected a multiple of model.kv_heads, 2"),
         (["model.head_dim=0"], "model.head_dim is 0; expected more than 0"),

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hierarchy_oracle import hierarchical, naive_moba, naive_nsa
 from hypothesis import given
 from hypothesis import strategies as st
+from papers import naive_moba, naive_nsa
 from rank_pool import RankPool
 from torch import Tensor
 
 from distattn import presets, reference
 from distattn.attend import Selection, attend, select
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
+from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
 from distattn.operators import sent
 from distattn.patterns import Causal, SlidingWindow
@@ -382,12 +383,13 @@ def test_a_selection_can_be_given_again() -> None:
     assert not torch.equal(attend(other, k, v, plan, selection=chosen), attend(other, k, v, plan))
 
 
-@pytest.mark.parametrize("length", [16_384, pytest.param(262_144, marks=pytest.mark.full)])
+@pytest.mark.parametrize("length", [16_384, pytest.param(262_144, marks=pytest.mark.gpu)])
 def test_a_needle_is_found(length: int) -> None:
     """Random keys, at 50 depths one that gives its query a logit of 50: what dense attention answers comes out."""
     dim, depths = 64, 50
     spec = presets.hierarchical(1024, (64, 1024), (16,), 16)
-    q, k, v = (random(1, length, 1, dim, seed=seed) for seed in range(3))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (random(1, length, 1, dim, seed=seed).to(device) for seed in range(3))
     asking = torch.arange(length - depths, length)
     at = torch.linspace(64, length - 2 * 1024, depths).long()
     k[0, at, 0] = 50 * dim**0.5 * q[0, asking, 0] / q[0, asking, 0].square().sum(-1, keepdim=True)

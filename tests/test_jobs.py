@@ -17,7 +17,9 @@ from distattn.jobs.context import Context
 from distattn.jobs.verify import CASES
 from distattn.presets import PRESETS
 
-SMALL = ["seq_len=3001", "model.width=32", "model.hidden=48", "model.head_dim=16", "attention.reach=200"]
+SMALL = ["seq_len=3001", "model.width=32", "model.hidden=48", "model.head_dim=16"]
+WINDOW = ["attention=window_global", "attention.reach=200"]
+LEVELS = ["attention.window=128", "attention.reach=[2]", "attention.top_k=3", "attention.global_tokens=[20,700]"]
 
 
 def config_of(overrides: list[str]) -> Any:
@@ -31,8 +33,16 @@ def run_job(context: Context, name: str, overrides: list[str], folder: str) -> d
     return find_job(name).run(config_of([f"job={name}", *overrides]), context)
 
 
-def test_prefill_reports_the_same_on_any_number_of_ranks(ranks: RankPool, tmp_path: Path) -> None:
-    overrides = [*SMALL, "model.dense_layers=[1]", "job.picture=false", "layout.block_q=64", "layout.block_k=64"]
+@pytest.mark.parametrize("attention", [WINDOW, LEVELS], ids=["window", "levels"])
+def test_prefill_reports_the_same_on_any_number_of_ranks(attention: list[str], ranks: RankPool, tmp_path: Path) -> None:
+    overrides = [
+        *SMALL,
+        *attention,
+        "model.dense_layers=[1]",
+        "job.picture=false",
+        "layout.block_q=64",
+        "layout.block_k=64",
+    ]
     reports = []
     for count in (1, 3):
         folder = tmp_path / str(count)
@@ -62,7 +72,12 @@ def wrong_out(context: Context, overrides: list[str], folder: str) -> int:
 
 
 def test_prefill_fails_when_the_oracle_disagrees(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks(1, wrong_out, [*SMALL, "job.picture=false"], str(tmp_path)) == [1]
+    assert ranks(1, wrong_out, [*SMALL, *WINDOW, "job.picture=false"], str(tmp_path)) == [1]
+
+
+def test_prefill_refuses_what_its_decoder_cannot_learn() -> None:
+    with pytest.raises(ConfigError, match="attention=nsa has gates or pools that are learned"):
+        prefill.check(config_of(["attention=nsa", "seq_len=9000"]))
 
 
 def test_prefill_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from distattn import model as model_module
 from distattn import reference
 from distattn.data import IGNORE
 from distattn.errors import ConfigError
+from distattn.hierarchy_reference import hierarchical as oracle
 from distattn.model import Decoder, ModelConfig
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
 from distattn.plan import Plan, make_plan
+from distattn.presets import hierarchical
 from distattn.rotary import rotary_table, rotate
 from distattn.spec import AttentionSpec
 
@@ -118,15 +120,30 @@ def test_observer_sees_what_attention_did() -> None:
     with torch.no_grad():
         model(tokens, [make(spec) for spec in specs], observe=lambda *args: seen.append(args))
     assert [layer for layer, *_ in seen] == [0, 1]
-    for (_, q, k, v, out), spec in zip(seen, specs, strict=True):
+    for (_, q, k, v, out, *_), spec in zip(seen, specs, strict=True):
         assert q.shape == (2, LENGTH, 4, 8) and k.shape == v.shape == (2, LENGTH, 2, 8)
         assert reference.max_error(out, reference.attention(q, k, v, spec.tokens)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("select_from", [None, 0])
+def test_layers_may_share_a_choice(select_from: int | None) -> None:
+    spec = hierarchical(16, (8, 16), (2,), 2, "token")
+    seen: list[tuple] = []
+    model, (tokens, _) = Decoder(dataclasses.replace(SMALL, select_from=select_from)), make_batch()
+    with torch.no_grad():
+        model(tokens, [make(spec)] * 2, observe=lambda *args: seen.append(args))
+    for _, q, k, v, out, extras, selection in seen:
+        if select_from is None:
+            assert reference.max_error(out, oracle(q, k, v, spec, extras).out) < 1e-12
+        else:
+            assert selection is seen[0][-1]
+    assert torch.equal(seen[0][-1].chunks, seen[1][-1].chunks) == (select_from is not None)
 
 
 def test_a_rank_computes_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without attention rows are independent: shards of the sequence give the rows of the whole."""
     tokens, _ = make_batch()
-    monkeypatch.setattr(model_module, "attend", lambda q, k, v, plan: q + k.repeat_interleave(2, dim=2))
+    monkeypatch.setattr(model_module, "attend", lambda q, k, v, plan, **_: q + k.repeat_interleave(2, dim=2))
     model = Decoder(SMALL)
     sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "block_q": 8, "block_k": 8}
     with torch.no_grad():

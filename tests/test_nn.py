@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from hierarchy_oracle import hierarchical
 from rank_pool import RankPool
 from torch import Tensor, nn
 
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
+from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
 from distattn.nn import Attention, Registers
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow

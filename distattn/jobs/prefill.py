@@ -18,10 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn import reference
+from distattn import hierarchy_reference, reference
+from distattn.attend import Selection
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
-from distattn.exchange import gather_rows
+from distattn.errors import ConfigError
+from distattn.exchange import gather_rows, resolve_group
+from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.settings import attention_spec, model_config, plan_options
 from distattn.model import DTYPES, Decoder
@@ -35,6 +38,13 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-
 def check(config: Config) -> None:
     """Finds a text that is missing or too short before any process starts."""
     open_corpus(config.data.path, config.data.suffix).require(config.seq_len, config.data.offset)
+    spec = attention_spec(config)
+    learned = any(level.pool != "mean" or level.bias != "count" for level in spec.summaries)
+    if learned or spec.merge == "gate":
+        raise ConfigError(
+            f"attention={config.attention['name']} has gates or pools that are learned; expected one without for "
+            "job=prefill, whose decoder has no such parameters (distattn.nn.Attention has them)"
+        )
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -50,7 +60,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     model = Decoder(model_config(config), config.seed).to(context.device)
     itemsize = DTYPES[config.model.dtype].itemsize
     checker = _Checker(plans, context, min(job.sample_rows, config.seq_len), config.seed)
-    planned, sent_before = sum(p.sent_bytes(itemsize) for p in plans), sent.total
+    planned, sent_before = sum(p.sent_bytes(itemsize) for p in plans), dict(sent.sent)
     planning = time.perf_counter() - started
 
     context.progress("prefill", 0, config.model.layers + 1)
@@ -66,7 +76,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     context.progress("done", config.model.layers + 1, config.model.layers + 1)
 
     totals = torch.stack((nats.cpu(), (labels != IGNORE).sum().cpu().double()))
-    mine = _Rank(plan.tokens, planned, sent.total - sent_before, _peak_bytes(context), seconds)
+    travelled = {kind: n - sent_before.get(kind, 0) for kind, n in sent.sent.items()}
+    chosen = travelled.pop("selected", 0)
+    mine = _Rank(plan.tokens, planned, sum(travelled.values()), chosen, _peak_bytes(context), seconds)
     ranks = [mine]
     if context.mesh is not None:
         group = context.mesh.get_group()
@@ -85,7 +97,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "device": _device_name(context),
         "dtype": config.model.dtype,
         "layout": plan.layout.name,
-        "attention": [repr(p.spec.tokens) for p in plans],
+        "attention": [p.spec.text for p in plans],
+        "selects": any(p.spec.select is not None for p in plans),
         "bits_per_byte": float(totals[0] / totals[1] / math.log(2)),
         "seconds": max(r.seconds for r in ranks),
         "tokens_per_second": config.seq_len / max(r.seconds for r in ranks),
@@ -94,6 +107,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         **_arithmetic(plans),
         "bytes_planned": [r.planned for r in ranks],
         "bytes_sent": [r.sent for r in ranks],
+        "bytes_chosen": [r.chosen for r in ranks],
         "peak_bytes": [r.peak for r in ranks],
         "sampled_rows": len(checker.positions),
         "max_error": errors,
@@ -127,6 +141,7 @@ class _Rank:
     tokens: int
     planned: int
     sent: int
+    chosen: int
     peak: int
     seconds: float
 
@@ -150,7 +165,16 @@ class _Checker:
         self.positions = edges[:-1] + random.integers(0, np.maximum(np.diff(edges), 1))
         self.positions[0], self.positions[-1] = 0, seq_len - 1
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    def observe(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        extras: AttentionExtras,
+        selection: Selection | None,
+    ) -> None:
         _synchronize(self.context)
         start = time.perf_counter()
         plan = self.plans[layer]
@@ -166,14 +190,34 @@ class _Checker:
             return rows
 
         rows, got = everywhere(q[0, mine]).unsqueeze(0), everywhere(out[0, mine]).unsqueeze(0)
-        part, part_lse = reference.attention_rows(
-            rows, torch.from_numpy(self.positions), k, v, plan.spec.tokens, key_positions=plan.positions
-        )
+        more: list[reference.Part] = []
+        if plan.spec.is_static:
+            part, part_lse = reference.attention_rows(
+                rows, torch.from_numpy(self.positions), k, v, plan.spec.tokens, key_positions=plan.positions
+            )
+        else:
+            chosen = None
+            if selection is not None:
+                tile = mine if selection.spec is None or selection.spec.per == "token" else mine // selection.spec.chunk
+                chosen = everywhere(selection.chunks[0, :, tile].transpose(0, 1)).cpu()
+            (part, part_lse), summaries = hierarchy_reference.attention_rows(
+                rows,
+                self.positions.tolist(),
+                k,
+                v,
+                plan.spec,
+                plan.seq_len,
+                key_positions=plan.positions,
+                chosen=chosen,
+                extras=extras,
+                total=lambda x: _total(x, plan),
+            )
+            more.append(summaries)
         ranks = [1] * plan.world_size
         parts = list(
             zip(_gather(part, ranks, plan, split=True), _gather(part_lse, ranks, plan, split=True), strict=True)
         )
-        expected, _ = reference.merge(parts)
+        expected, _ = reference.merge([*parts, *more])
         self.errors.append(reference.max_error(got, expected))
         self.context.progress("prefill", layer + 1, len(self.plans) + 1)
         self.seconds += time.perf_counter() - start
@@ -183,6 +227,14 @@ def _gather(x: Tensor, counts: list[int], plan: Plan, split: bool = False) -> An
     """All ranks' rows along dim 0: joined, or as a list by rank."""
     parts = [x] if plan.world_size == 1 else gather_rows(x.contiguous(), counts, plan.group_name)
     return parts if split else torch.cat(parts)
+
+
+def _total(x: Tensor, plan: Plan) -> Tensor:
+    """The sum over all ranks."""
+    if plan.world_size > 1:
+        assert plan.group_name is not None
+        dist.all_reduce(x, group=resolve_group(plan.group_name))
+    return x
 
 
 def _arithmetic(plans: list[Plan]) -> dict[str, float]:
@@ -259,6 +311,11 @@ def _text(r: dict[str, Any], folder: Path) -> str:
             f"{r['dense_causal_flops'] / max(r['visited_tile_flops'], 1):,.0f} times more",
         ),
         ("MB planned / sent", ", ".join(f"rank {i}: {x}" for i, x in enumerate(by_rank))),
+        *(
+            [("MB chosen", ", ".join(f"rank {i}: {n / 1e6:,.2f}" for i, n in enumerate(r["bytes_chosen"])))]
+            if r["selects"]
+            else []
+        ),
         ("peak memory", ", ".join(f"rank {i}: {x / 2**30:.2f} GiB" for i, x in enumerate(r["peak_bytes"]))),
         (
             "oracle",

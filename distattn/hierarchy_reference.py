@@ -1,13 +1,14 @@
 """Hierarchical attention in float64, written from the definitions in spec.py and extras.py alone.
 
 Everything is as naive as it can be: sets of positions, one loop over the queries, dense matrices of what is visible.
-What a test compares with this should share no code with it.
+It shares no code with what is checked against it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +90,155 @@ def hierarchical(
     return Answer(out, lse, chosen, counted)
 
 
+class Seen(NamedTuple):
+    """What one query attends to under one softmax: token positions, and the ranges of positions of its summaries."""
+
+    tokens: set[int]
+    summaries: set[tuple[int, int]]
+
+
+def seen_by(i: int, length: int, spec: AttentionSpec, chosen: tuple[int, ...] = ()) -> Seen:
+    """What query i attends to once it has chosen chunks; summaries without a member among them."""
+    window = spec.window
+    assert window is not None and spec.merge == "softmax"
+    last = i if window.causal else length - 1
+    if i in window.global_tokens:
+        return Seen(set(range(last + 1)), set())
+    begin, end = _edges(i, length, window.chunk, window.reach)
+    tokens = {t for t in range(begin, end) if t <= last}
+    tokens |= {g for g in (*window.global_tokens, *window.global_keys) if g <= last}
+    for c in chosen:
+        tokens |= set(range(c * window.chunk, min((c + 1) * window.chunk, length)))
+    seen: set[tuple[int, int]] = set()
+    for level, (begin, end, outer_begin, outer_end) in enumerate(_ranges(i, length, spec)):
+        size = spec.summaries[level].chunk
+        starts = [*range(outer_begin, begin, size), *(() if window.causal else range(end, outer_end, size))]
+        for start in starts:
+            for number, j in _without((level, start // size), chosen, spec):
+                chunk = spec.summaries[number].chunk
+                seen.add((j * chunk, min((j + 1) * chunk, length)))
+    return Seen(tokens, {(start, stop) for start, stop in seen if start < stop})
+
+
+def _ranges(i: int, length: int, spec: AttentionSpec) -> list[tuple[int, int, int, int]]:
+    """Of each level (b and e of the level below, its own b and e)."""
+    assert spec.window is not None
+    found = []
+    begin, end = _edges(i, length, spec.window.chunk, spec.window.reach)
+    for number, level in enumerate(spec.summaries):
+        outer = 0, length
+        if level.reach is not None:
+            outer = _edges(i, length, spec.summaries[number + 1].chunk, level.reach)
+        found.append((begin, end, *outer))
+        begin, end = outer
+    return found
+
+
+def attention_rows(
+    q: Tensor,
+    positions: list[int],
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    length: int,
+    *,
+    key_positions: Tensor,
+    chosen: Tensor | None = None,
+    extras: AttentionExtras = NO_EXTRAS,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Chosen query rows under one softmax, over the keys that one rank owns, in float64; all pools are means.
+
+    Args:
+        q: [batch, R, heads, dim], of rows at ``positions``, the same on all ranks.
+        k, v: [batch, n, kv_heads, ..], and extras.pool_keys: of the rank's keys, at ``key_positions``, int64 [n].
+        chosen: int [R, tables, c]: chunks that the rows chose, -1 for none, by key/value head or query head.
+        total: the sum over ranks of a tensor.
+
+    Returns:
+        (out, lse) over the rank's tokens, and (out, lse) over all summaries, which is the same on all ranks; all
+        float64, to be merged.
+    """
+    batch, rows, heads, dim = q.shape
+    scale, group = dim**-0.5, heads // k.shape[2]
+    seen: list[list[Seen]] = []
+    for row, i in enumerate(positions):
+        picks = [()] * heads
+        if chosen is not None:
+            share = heads // chosen.shape[1]
+            picks = [tuple(c for c in chosen[row, h // share].tolist() if c >= 0) for h in range(heads)]
+        known = {pick: seen_by(i, length, spec, pick) for pick in set(picks)}
+        seen.append([known[pick] for pick in picks])
+
+    order = torch.argsort(key_positions)
+    ascending = key_positions[order]
+    used = torch.tensor(sorted(set().union(*(one.tokens for row in seen for one in row))), dtype=torch.int64)
+    at = torch.searchsorted(ascending, used).clamp_max(max(len(ascending) - 1, 0))
+    used = used[ascending[at] == used] if len(ascending) else used[:0]
+    index = order[torch.searchsorted(ascending, used)].to(k.device)
+    allowed = _membership([[one.tokens for one in row] for row in seen], used.tolist())
+    part = _rows_part(q, k[:, index].double(), v[:, index].double(), allowed, None, scale, group)
+
+    ranges = sorted(set().union(*(one.summaries for row in seen for one in row)))
+    if not ranges:
+        nothing = torch.zeros(*part[0].shape).double().to(q.device), torch.full_like(part[1], -math.inf)
+        return part, nothing
+    assert spec.window is not None
+    finest = spec.summaries[0].chunk
+    pooled = k if extras.pool_keys is None else extras.pool_keys
+    left_out = torch.tensor([*spec.window.global_tokens, *spec.window.global_keys], dtype=torch.int64)
+    counts = (~torch.isin(key_positions, left_out)).double().to(k.device)
+    chunk = (key_positions // finest).to(k.device)
+    chunks = -(-length // finest)
+
+    def sums(x: Tensor) -> Tensor:
+        """[chunks + 1, ...]: the sums over all tokens before each chunk of level 1."""
+        mine = torch.zeros(chunks, *x.shape[1:], dtype=torch.float64, device=x.device)
+        every = total(mine.index_add_(0, chunk, x))
+        return torch.cat([torch.zeros_like(every[:1]), every.cumsum(0)])
+
+    starts = torch.tensor([start // finest for start, _ in ranges], device=k.device)
+    stops = torch.tensor([-(-stop // finest) for _, stop in ranges], device=k.device)
+    n = sums(counts)
+    n = n[stops] - n[starts]
+    means = []
+    for x in (pooled, v):
+        by_row = x.transpose(0, 1).double() * counts[:, None, None, None]
+        before = sums(by_row)
+        means.append(((before[stops] - before[starts]) / n.clamp_min(1)[:, None, None, None]).transpose(0, 1))
+    keys, values = means
+    if extras.rotate is not None:
+        centres = torch.tensor([(start + stop - 1) / 2 for start, stop in ranges], dtype=torch.float64)
+        keys = extras.rotate(keys, centres.to(k.device)).double()
+    allowed = _membership([[one.summaries for one in row] for row in seen], ranges) & (n > 0).cpu()
+    assert all((level.pool, level.bias) == ("mean", "count") for level in spec.summaries)
+    bias = n.clamp_min(1).log()
+    return part, _rows_part(q, keys, values, allowed, bias, scale, group)
+
+
+def _membership(sets: list[list[set[Any]]], columns: list[Any]) -> Tensor:
+    """bool [heads, rows, columns]: whether a column is in the set of a row and head."""
+    place = {column: at for at, column in enumerate(columns)}
+    found = torch.zeros(len(sets[0]), len(sets), len(columns), dtype=torch.bool)
+    for row, by_head in enumerate(sets):
+        for head, one in enumerate(by_head):
+            found[head, row, [place[x] for x in one if x in place]] = True
+    return found
+
+
+def _rows_part(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, bias: Tensor | None, scale: float, group: int
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows over keys, head by head. allowed: [heads, rows, keys]; bias: [keys]."""
+    outs, lses = [], []
+    for h in range(q.shape[2]):
+        scores = scale * (q[:, :, h].double() @ k[:, :, h // group].mT)
+        weights, lse = _softmax(scores if bias is None else scores + bias, allowed[h].to(q.device))
+        outs.append(weights @ v[:, :, h // group])
+        lses.append(lse.expand(q.shape[0], q.shape[1]))
+    return torch.stack(outs, dim=2), torch.stack(lses, dim=2)
+
+
 # Softmaxes over what is visible
 
 
@@ -114,7 +264,9 @@ def _softmax(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return parts / total, lse.squeeze(-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tensor | None = None):
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Output [batch, queries, heads, dim] and LSE [batch, queries, heads]. seen: [batch, heads, queries, keys]."""
     scores = _scores(q, k, scale)
     if bias is not None:
@@ -142,7 +294,9 @@ def _everything(spec: AttentionSpec, q: Tensor) -> Tensor:
 # Summaries
 
 
-def _levels(keys: Tensor, values: Tensor, spec: AttentionSpec, extras: AttentionExtras, left_out: set[int]):
+def _levels(
+    keys: Tensor, values: Tensor, spec: AttentionSpec, extras: AttentionExtras, left_out: set[int]
+) -> list[Level]:
     """All levels, each pooled from the plain keys of the one below; level 0 is the tokens."""
     batch, length, kv_heads, _ = keys.shape
     sizes = [0 if i in left_out else 1 for i in range(length)]
@@ -150,7 +304,7 @@ def _levels(keys: Tensor, values: Tensor, spec: AttentionSpec, extras: Attention
     levels: list[Level] = []
     for number, level in enumerate(spec.summaries):
         if level.overlaps:
-            starts = [j for j in range(0, length, level.stride) if j + level.chunk <= length]
+            starts = [j for j in range(0, length, level.step) if j + level.chunk <= length]
         else:
             starts = list(range(0, length, level.chunk))
         ends = [min(start + level.chunk, length) for start in starts]
@@ -170,7 +324,14 @@ def _levels(keys: Tensor, values: Tensor, spec: AttentionSpec, extras: Attention
     return levels
 
 
-def _pool(pool: str, places: range, keys: Tensor, values: Tensor, sizes: list[int], params):
+def _pool(
+    pool: str,
+    places: range,
+    keys: Tensor,
+    values: Tensor,
+    sizes: list[int],
+    params: AttentionPool | MlpPool | None,
+) -> tuple[Tensor, Tensor, int]:
     """Key and value [batch, kv_heads, dim] of one chunk and for how many tokens they stand.
 
     places: the members of a whole chunk, by their numbers in ``sizes``; those beyond the end or of size 0 are absent.
@@ -276,7 +437,16 @@ def _without(one: tuple[int, int], chosen: tuple[int, ...], spec: AttentionSpec)
     )
 
 
-def _one_softmax(q, k, v, spec: AttentionSpec, levels: list[Level], chosen: Choices, left_out: set[int], scale: float):
+def _one_softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    levels: list[Level],
+    chosen: Choices,
+    left_out: set[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     window = spec.window
     assert window is not None
@@ -314,7 +484,16 @@ def _one_softmax(q, k, v, spec: AttentionSpec, levels: list[Level], chosen: Choi
 # Gates
 
 
-def _gated(q, k, v, spec: AttentionSpec, extras: AttentionExtras, levels: list[Level], chosen: Choices, scale: float):
+def _gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    extras: AttentionExtras,
+    levels: list[Level],
+    chosen: Choices,
+    scale: float,
+) -> tuple[Tensor, None, Tensor]:
     batch, length, heads, _ = q.shape
     assert extras.gates is not None
     sources = [_attend(q, k, v, _pattern(spec, q), scale)[0]]
@@ -334,7 +513,7 @@ def _gated(q, k, v, spec: AttentionSpec, extras: AttentionExtras, levels: list[L
         sources.append(_attend(q, k, v, seen & _everything(spec, q), scale)[0])
     assert extras.gates.shape[-1] == len(sources)
     gates = torch.sigmoid(extras.gates.double())
-    out = sum(gates[..., s, None] * source for s, source in enumerate(sources))
+    out = torch.stack([gates[..., s, None] * source for s, source in enumerate(sources)]).sum(0)
     return out, None, torch.zeros(batch, heads, length, dtype=torch.float64)
 
 
@@ -383,7 +562,7 @@ def _choose(
 
     listed = scores.tolist()
     for i in range(length):
-        if spec.merge == "softmax" and i in spec.window.global_tokens:
+        if spec.merge == "softmax" and spec.window is not None and i in spec.window.global_tokens:
             continue
         candidates = _candidates(i, length, spec, select, left_out)
         for b in range(batch):
@@ -402,6 +581,7 @@ def _candidates(i: int, length: int, spec: AttentionSpec, select: TopChunks, lef
             if j < i // chunk or (not spec.causal and j != i // chunk):
                 found.add(j)
             continue
+        assert spec.window is not None
         begin, end = _edges(i, length, chunk, spec.window.reach)
         if (stop <= begin or (not spec.causal and start >= end)) and not set(range(start, stop)) <= left_out:
             found.add(j)
@@ -453,6 +633,7 @@ def _mass_scores(
     asking: Tensor, before: list[int], length: int, spec: AttentionSpec, levels: list[Level], scale: float
 ) -> Tensor:
     """[batch, heads, asking, chunks]: the weights of the summaries of level 1, once for each stride that is shared."""
+    assert spec.select is not None
     level, finest, chunk = levels[0], spec.summaries[0], spec.select.chunk
     seen = torch.tensor([_complete(level, end if spec.causal else None) for end in before]).bool()
     weights, _ = _softmax(_scores(asking, level.keys, scale) + _head_bias(level, asking.shape[2]), seen)
@@ -461,97 +642,7 @@ def _mass_scores(
     shared = torch.zeros(len(level.starts), -(-length // chunk), dtype=torch.float64)
     for m in range(shared.shape[0]):
         for j in range(shared.shape[1]):
-            of_summary = set(range(m, m + finest.chunk // finest.stride))
-            of_chunk = set(range(j * chunk // finest.stride, (j + 1) * chunk // finest.stride))
+            of_summary = set(range(m, m + finest.chunk // finest.step))
+            of_chunk = set(range(j * chunk // finest.step, (j + 1) * chunk // finest.step))
             shared[m, j] = len(of_summary & of_chunk)
     return weights @ shared
-
-
-# Two published methods, token by token
-
-
-def _softmax_row(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """One query [dim] over keys [n, dim]; zeros if there are none."""
-    if not len(keys):
-        return torch.zeros(values.shape[-1], dtype=torch.float64)
-    return torch.softmax(scale * (keys @ query), dim=0) @ values
-
-
-def naive_moba(q: Tensor, k: Tensor, v: Tensor, chunk: int, top_k: int, scale: float) -> Tensor:
-    """MoBA (Lu et al., 2025): the query's own block, causally, and the top_k - 1 earlier ones of the nearest mean key.
-
-    Each query head chooses by itself; of equal blocks the lower. Returns float64 [batch, N, heads, value_dim].
-    """
-    q, k, v = q.double(), k.double(), v.double()
-    batch, length, heads, _ = q.shape
-    group = heads // k.shape[2]
-    out = []
-    for b in range(batch):
-        for h in range(heads):
-            keys, values = k[b, :, h // group], v[b, :, h // group]
-            for t in range(length):
-                own = t // chunk
-                scores = [float(q[b, t, h] @ keys[j * chunk : (j + 1) * chunk].mean(0)) for j in range(own)]
-                blocks = sorted(range(own), key=lambda j, scores=scores: (-scores[j], j))[: top_k - 1]
-                tokens = [s for s in range(t + 1) if s // chunk == own or s // chunk in blocks]
-                out.append(_softmax_row(q[b, t, h], keys[tokens], values[tokens], scale))
-    return torch.stack(out).reshape(batch, heads, length, -1).transpose(1, 2)
-
-
-def naive_nsa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    mlp_pool: MlpPool,
-    block: int,
-    stride: int,
-    select_block: int,
-    top_n: int,
-    window: int,
-    scale: float,
-) -> Tensor:
-    """NSA (Yuan et al., 2025): a sliding window, compressed blocks and selected blocks, each with a softmax and a gate.
-
-    gates: [batch, N, heads, 3] before the sigmoid: window, compressed, selected. Of the ``top_n`` selected blocks, the
-    first, the query's own and the one before it need no score; the others are chosen for all heads of a group by their
-    compressed attention. Returns float64 [batch, N, heads, value_dim].
-    """
-    q, k, v, gates = q.double(), k.double(), v.double(), torch.sigmoid(gates.double())
-    batch, length, heads, _ = q.shape
-    group = heads // k.shape[2]
-    starts = [s for s in range(0, length, stride) if s + block <= length]
-    rows: dict[tuple[int, int, int], Tensor] = {}
-    for b in range(batch):
-        for kv in range(k.shape[2]):
-            keys, values = k[b, :, kv], v[b, :, kv]
-            small_keys = [_mlp(mlp_pool.keys, list(keys[s : s + block])) for s in starts]
-            small_values = [_mlp(mlp_pool.values, list(values[s : s + block])) for s in starts]
-            for t in range(length):
-                own = t // select_block
-                done = [m for m, s in enumerate(starts) if s + block <= t + 1]
-                mass = [0.0] * own
-                compressed = {}
-                for h in range(kv * group, (kv + 1) * group):
-                    compressed[h] = torch.zeros(values.shape[-1], dtype=torch.float64)
-                    if not done:
-                        continue
-                    p = torch.softmax(scale * torch.stack([small_keys[m] @ q[b, t, h] for m in done]), dim=0)
-                    compressed[h] = sum(p[m] * small_values[m] for m in done)
-                    weights = p.tolist()
-                    for m in done:
-                        for piece in range(starts[m], starts[m] + block, stride):
-                            if piece // select_block < own:
-                                mass[piece // select_block] += weights[m]
-                selected = {0, own, max(own - 1, 0)}
-                others = sorted(set(range(own)) - selected, key=lambda j, mass=mass: (-mass[j], j))
-                selected |= set(others[: max(0, top_n - len(selected))])
-                tokens = [s for s in range(t + 1) if s // select_block in selected]
-                recent = list(range(max(0, t - window + 1), t + 1))
-                for h in range(kv * group, (kv + 1) * group):
-                    query, gate = q[b, t, h], gates[b, t, h]
-                    near = _softmax_row(query, keys[recent], values[recent], scale)
-                    far = _softmax_row(query, keys[tokens], values[tokens], scale)
-                    rows[b, t, h] = gate[0] * near + gate[1] * compressed[h] + gate[2] * far
-    flat = [rows[b, t, h] for b in range(batch) for t in range(length) for h in range(heads)]
-    return torch.stack(flat).reshape(batch, length, heads, -1)
