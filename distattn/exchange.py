@@ -339,7 +339,9 @@ def _chunks_of(x: Tensor, ownership: Ownership, given: Tensor) -> Tensor:
     """[n, batch * chunk * dim]: (head, chunk) of this rank's rows; a short chunk is filled with zeros."""
     chunk = ownership.chunk
     pages = -(-x.shape[1] // chunk)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * chunk - x.shape[1])).unflatten(1, (pages, chunk))
+    if missing := pages * chunk - x.shape[1]:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
+    padded = x.unflatten(1, (pages, chunk))
     page = torch.searchsorted(torch.from_numpy(ownership.mine).to(x.device), given[:, 1].contiguous())
     rows: Tensor = padded[:, page, :, given[:, 0]]
     return rows.reshape(len(given), x.shape[0] * chunk * x.shape[3])

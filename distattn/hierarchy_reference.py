@@ -19,6 +19,7 @@ from distattn.spec import AttentionSpec, Summaries, TopChunks
 
 Choices = list[list[list[tuple[int, ...]]]]
 NO_EXTRAS = AttentionExtras()
+_AT_ONCE = 16_384  # rows that are treated in float64 at a time
 
 
 class Answer(NamedTuple):
@@ -192,9 +193,11 @@ def attention_rows(
     chunks = -(-length // finest)
 
     def sums(x: Tensor) -> Tensor:
-        """[chunks + 1, ...]: the sums over all tokens before each chunk of level 1."""
+        """[chunks + 1, ...]: the sums over all tokens before each chunk of level 1, of those that count."""
         mine = torch.zeros(chunks, *x.shape[1:], dtype=torch.float64, device=x.device)
-        every = total(mine.index_add_(0, chunk, x))
+        for some, rows, weights in zip(chunk.split(_AT_ONCE), x.split(_AT_ONCE), counts.split(_AT_ONCE), strict=True):
+            mine.index_add_(0, some, rows.double() * weights.view(-1, *[1] * (x.ndim - 1)))
+        every = total(mine)
         return torch.cat([torch.zeros_like(every[:1]), every.cumsum(0)])
 
     starts = torch.tensor([start // finest for start, _ in ranges], device=k.device)
@@ -203,8 +206,7 @@ def attention_rows(
     n = n[stops] - n[starts]
     means = []
     for x in (pooled, v):
-        by_row = x.transpose(0, 1).double() * counts[:, None, None, None]
-        before = sums(by_row)
+        before = sums(x.transpose(0, 1))
         means.append(((before[stops] - before[starts]) / n.clamp_min(1)[:, None, None, None]).transpose(0, 1))
     keys, values = means
     if extras.rotate is not None:

@@ -47,10 +47,14 @@ def choose(q: Tensor, k: Tensor, levels: list[Pooled], plan: Plan, extras: Atten
     else:
         keys = mean_keys(k, plan, extras)
     rows, numbers = _scoring_rows(q, plan)
+    share = plan.heads // hierarchy.kv_heads
+    if select.score == "mean" and select.heads == "kv" and share > 1:
+        # The sum of products with one key is the product with the sum.
+        rows = rows.unflatten(2, (hierarchy.kv_heads, share)).sum(3, dtype=accumulator_dtype(q.dtype))
+        share = 1
     keys = keys.to(rows.dtype).permute(0, 2, 3, 1).contiguous()  # [batch, kv_heads, head_dim, summaries]
     batch, count, heads, _ = rows.shape
-    share = heads // hierarchy.kv_heads
-    slice_rows = _slice_rows(_SCRATCH[q.device.type] // 4, heads * keys.shape[3], hierarchy)
+    slice_rows = _slice_rows(_SCRATCH[q.device.type], heads * keys.shape[3], hierarchy)
     most = min(max(select.k, len(set(select.always))), hierarchy.chunks)
     found = torch.empty((batch, max(hierarchy.head_table) + 1, count, most), dtype=torch.int32, device=q.device)
     edges = [0, *(np.flatnonzero(np.diff(numbers // slice_rows)) + 1).tolist(), count] if count else []
@@ -61,10 +65,16 @@ def choose(q: Tensor, k: Tensor, levels: list[Pooled], plan: Plan, extras: Atten
         some = rows.new_zeros((batch, slice_rows, *rows.shape[2:]))
         some[:, inside] = rows[:, first:stop]
         grouped = some.unflatten(2, (hierarchy.kv_heads, share)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-        scores = (_product(grouped, keys) * scale).unflatten(2, (slice_rows, share))
         tile = torch.arange(slice_rows, device=q.device) + number * slice_rows
+        # Of a causal spec no more chunks than come before the last tile of the slice.
+        until = hierarchy.chunks
+        if hierarchy.causal:
+            last = (number + 1) * slice_rows - 1
+            until = min(until, (last // hierarchy.chunk if hierarchy.tile == 1 else last) + 1)
+        seen = until if select.score == "mean" else keys.shape[3]
+        scores = (_product(grouped, keys[..., :seen]) * scale).unflatten(2, (slice_rows, share))
         if select.score == "mass":
-            scores = _masses(scores + levels[0].bias.T[None, :, None, None], tile, plan)
+            scores = _masses(scores + levels[0].bias.T[None, :, None, None], tile, plan)[..., :until]
         if hierarchy.chooses_by_tile_before and number == 0:
             scores[:, :, 0] = 0.0  # there is no tile before the first
         scores = scores.sum(3) if select.heads == "kv" else scores.transpose(2, 3).flatten(1, 2)
@@ -138,19 +148,19 @@ def _best(scores: Tensor, tile: Tensor, most: int, hierarchy: Hierarchy) -> Tens
     """The chosen chunks of scores [batch, tables, tiles, chunks]: [batch, tables, tiles, most]."""
     select = hierarchy.spec.select
     assert select is not None
-    candidates, always = _candidates(tile, hierarchy)
+    candidates, always = (x[:, : scores.shape[-1]] for x in _candidates(tile, hierarchy))
     left = (select.k - always.sum(1, keepdim=True)).clamp_min(0)
     scores = scores.masked_fill(~(candidates & ~always), -math.inf)
     # All above the last one that is chosen, and of those that equal it the lowest.
     last = scores.topk(min(select.k, scores.shape[-1]), dim=-1).values
     last = last.gather(-1, (left - 1).clamp(0, last.shape[-1] - 1).expand(*last.shape[:-1], 1))
     above, equal = scores > last, (scores == last) & (scores > -math.inf)
-    taken = above | (equal & (equal.cumsum(-1) <= left - above.sum(-1, keepdim=True)))
+    taken = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left - above.sum(-1, keepdim=True)))
     taken = (taken & (left > 0)) | always
     number = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.int32)
     chunks = scores.shape[-1]
-    lowest = torch.where(taken, chunks - number, 0).topk(most, dim=-1).values
-    return torch.where(lowest > 0, chunks - lowest, -1).int()
+    lowest = torch.where(taken, chunks - number, 0).topk(min(most, chunks), dim=-1).values
+    return F.pad(torch.where(lowest > 0, chunks - lowest, -1).int(), (0, most - lowest.shape[-1]), value=-1)
 
 
 def _candidates(tile: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
