@@ -16,37 +16,59 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distattn import patterns, presets, reference
-    from distattn.attend import attend
+    from distattn import nn, patterns, presets, reference
+    from distattn.attend import Selection, attend, select
     from distattn.errors import ConfigError, DistattnError, PeerLost, PlanMismatch
+    from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
     from distattn.plan import Plan, make_plan
-    from distattn.spec import AttentionSpec
+    from distattn.spec import AttentionSpec, Delta, Summaries, TopChunks, chunk_window
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionExtras",
+    "AttentionPool",
     "AttentionSpec",
     "ConfigError",
+    "Delta",
     "DistattnError",
+    "Mlp",
+    "MlpPool",
     "PeerLost",
     "Plan",
     "PlanMismatch",
+    "Selection",
+    "Summaries",
+    "TopChunks",
     "attend",
+    "chunk_window",
     "make_plan",
+    "nn",
     "patterns",
     "presets",
     "reference",
+    "select",
 ]
 
 _MODULE_OF = {
+    "AttentionExtras": "extras",
+    "AttentionPool": "extras",
     "AttentionSpec": "spec",
     "ConfigError": "errors",
     "DistattnError": "errors",
     "PeerLost": "errors",
     "Plan": "plan",
     "PlanMismatch": "errors",
+    "Delta": "spec",
+    "Mlp": "extras",
+    "MlpPool": "extras",
+    "Selection": "attend",
+    "Summaries": "spec",
+    "TopChunks": "spec",
     "attend": "attend",
+    "chunk_window": "spec",
     "make_plan": "plan",
+    "select": "attend",
 }
 
 

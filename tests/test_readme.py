@@ -1,4 +1,4 @@
-"""The README's example runs as printed, and is as short as it should be."""
+"""The README's examples run as printed, one after the other, and are as short as they should be."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,12 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 15
-    exec(compile(example, str(README), "exec"), {})
+def test_the_examples_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    for example in examples:
+        assert len([line for line in example.splitlines() if line.strip()]) <= 15
+        exec(compile(example, str(README), "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert "1,500 tokens on 1 ranks" in "\n".join(printed)
     assert float(printed[-1]) < 1e-5
