@@ -72,9 +72,11 @@ def choose(q: Tensor, k: Tensor, levels: list[Pooled], plan: Plan, extras: Atten
             last = (number + 1) * slice_rows - 1
             until = min(until, (last // hierarchy.chunk if hierarchy.tile == 1 else last) + 1)
         seen = until if select.score == "mean" else keys.shape[3]
-        scores = (_product(grouped, keys[..., :seen]) * scale).unflatten(2, (slice_rows, share))
+        scores = _product(grouped, keys[..., :seen]).mul_(scale).unflatten(2, (slice_rows, share))
         if select.score == "mass":
-            scores = _masses(scores + levels[0].bias.T[None, :, None, None], tile, plan)[..., :until]
+            if plan.spec.summaries[0].bias != "none":
+                scores += levels[0].bias.T[None, :, None, None]
+            scores = _masses(scores, tile, plan)[..., :until]
         if hierarchy.chooses_by_tile_before and number == 0:
             scores[:, :, 0] = 0.0  # there is no tile before the first
         scores = scores.sum(3) if select.heads == "kv" else scores.transpose(2, 3).flatten(1, 2)
@@ -125,7 +127,11 @@ def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, Ints]:
 
 
 def _masses(scores: Tensor, tile: Tensor, plan: Plan) -> Tensor:
-    """Weights of a softmax over summaries, as those of chunks: [..., tiles, share, summaries] to [..., chunks]."""
+    """Weights of a softmax over summaries, as those of chunks; overwrites the scores.
+
+    [batch, kv_heads, tiles, share, summaries] to [batch, kv_heads, tiles, share, chunks]; with one choice for the heads
+    that share a key/value head the sum of theirs, share 1.
+    """
     hierarchy = plan.hierarchy
     assert hierarchy is not None
     level, chunk = hierarchy.levels[0], hierarchy.chunk
@@ -134,7 +140,10 @@ def _masses(scores: Tensor, tile: Tensor, plan: Plan) -> Tensor:
         end = tile + 1 if hierarchy.tile == 1 else tile * chunk
         visible = visible & (level.on(scores.device, "stop") <= end[:, None])
     visible = visible[:, None]
-    weights = torch.softmax(scores.masked_fill(~visible, -1e30), dim=-1) * visible
+    weights = torch.softmax(scores.masked_fill_(~visible, -1e30), dim=-1)
+    if plan.spec.select is not None and plan.spec.select.heads == "kv":
+        weights = weights.sum(3, keepdim=True)  # first, since what follows is linear
+    weights = weights * visible.any(-1, keepdim=True)
     overlap = level.chunk // level.stride
     if overlap > 1:
         weights = F.pad(weights, (overlap - 1, overlap - 1)).unfold(-1, overlap, 1).sum(-1)
