@@ -110,7 +110,8 @@ def test_a_missing_python_is_named(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
-def test_measuring_scripts_load(path: Path) -> None:
+def test_measuring_scripts_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(path.parent)  # as Python does for a script
     if path.stem == "compile_kernels":
         pytest.importorskip("triton")
     assert callable(runpy.run_path(str(path))["main"])  # main is not called: the name is not "__main__"
