@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: the number of plans is not the number of layers, they differ in their rows or do not
-                fit the model's heads, or tokens have another shape.
+                fit the model's heads, the layer ``select_from`` selects nothing, or tokens have another shape.
         """
         self._check(tokens, plans)
         positions = plans[0].positions.to(tokens.device).unsqueeze(0)
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
             q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
             extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else AttentionExtras()
             selects = plan.spec.select is not None
-            given = kept if selects and kept is not None else None
+            given = kept if selects else None
             attended = attend(q, k, v, plan, extras=extras, selection=given, return_selection=selects)
             selection: Selection | None = None
             if selects:
@@ -254,6 +254,10 @@ class Decoder(nn.Module):
         for layer, plan in enumerate(plans):
             if (plan.seq_len, plan.segments) != (first.seq_len, first.segments):
                 raise ValueError(f"plans[{layer}] has {_rows_of(plan)}; expected those of plans[0], {_rows_of(first)}")
+        source = self.config.select_from
+        if source is not None and plans[source].spec.select is None:
+            found = f"plans[{source}] is for {plans[source].spec!r}"
+            raise ValueError(f"{found}; expected a spec with select, since model.select_from is {source}")
         if tokens.ndim != 2 or tokens.shape[1] != first.tokens:
             raise ValueError(f"tokens has the shape {tuple(tokens.shape)}; expected [batch, {first.tokens}]")
 

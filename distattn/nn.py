@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distattn import operators
-from distattn.attend import Selection, attend, select
+from distattn.attend import Selection, attend
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
 from distattn.plan import Plan
@@ -144,7 +144,7 @@ class Attention(nn.Module):
             x: [batch, plan.tokens, d_model], this rank's rows, in the dtype of the parameters.
             plan: made by :func:`make_plan` for this rank, with this module's spec, heads and head_dim.
             selection: of another layer, whose choice this one shares; None: chosen here.
-            return_selection: also return the selection, for other layers. Summaries are then made twice.
+            return_selection: also return the selection, for other layers.
 
         Returns:
             [batch, plan.tokens, d_model] in the dtype of x; and if asked for, the selection.
@@ -167,14 +167,11 @@ class Attention(nn.Module):
         if self.rope_theta is not None:
             positions = plan.positions.to(x.device)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
-        if return_selection and selection is None:
-            selection = select(q, k, v, plan, extras=extras)
-        attended = attend(q, k, v, plan, extras=extras, selection=selection)
-        out = F.linear(attended.flatten(2), self.out)
         if not return_selection:
-            return out
-        assert selection is not None
-        return out, selection
+            attended = attend(q, k, v, plan, extras=extras, selection=selection)
+            return F.linear(attended.flatten(2), self.out)
+        attended, selection = attend(q, k, v, plan, extras=extras, selection=selection, return_selection=True)
+        return F.linear(attended.flatten(2), self.out), selection
 
     def extra_repr(self) -> str:
         sizes = f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"

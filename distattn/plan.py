@@ -340,8 +340,7 @@ def _plan(
         tokens=int(layout.tokens()[rank]),
         key=digest,
     )
-    # Raises what does not fit the length; and what is made once is not traced by a compiler.
-    _ = plan.hierarchy, plan.correction, plan.positions
+    _ = plan.hierarchy  # raises what does not fit the length
     # Equal plans are one object, so that a name never outlives the plan that it was given to.
     return plans.setdefault(plan.name, plan)
 

@@ -435,3 +435,10 @@ def test_extras_that_do_not_fit_are_refused() -> None:
     plan = make_plan(SPECS["corrected window"], 40, heads=2, head_dim=8)
     with pytest.raises(ValueError, match="return_lse is True; expected False"):
         attend(q, k, v, plan, return_lse=True)
+    with pytest.raises(ValueError, match="return_selection is True; expected False"):
+        attend(q, k, v, plan, return_selection=True)
+    with pytest.raises(ValueError, match="expected a spec with select"):
+        select(q, k, v, plan)
+    chooses = [make_plan(SPECS[name], 40, heads=2, head_dim=8) for name in ("moba", "tiles choose")]
+    with pytest.raises(ValueError, match=r"selection was made for .*; expected one for"):
+        attend(q, k, v, chooses[1], selection=select(q, k, v, chooses[0]))

@@ -138,6 +138,9 @@ def test_layers_may_share_a_choice(select_from: int | None) -> None:
         else:
             assert selection is seen[0][-1]
     assert torch.equal(seen[0][-1].chunks, seen[1][-1].chunks) == (select_from is not None)
+    if select_from is not None:
+        with pytest.raises(ValueError, match=r"plans\[0\] is for .*; expected a spec with select"):
+            model(tokens, [make(WINDOW), make(spec)])
 
 
 def test_a_rank_computes_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn import hierarchy_reference, reference
+from distattn import hierarchy_rows, reference
 from distattn.attend import Selection
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
@@ -200,7 +200,7 @@ class _Checker:
             if selection is not None:
                 tile = mine if selection.spec is None or selection.spec.per == "token" else mine // selection.spec.chunk
                 chosen = everywhere(selection.chunks[0, :, tile].transpose(0, 1)).cpu()
-            (part, part_lse), summaries = hierarchy_reference.attention_rows(
+            (part, part_lse), summaries = hierarchy_rows.attention_rows(
                 rows,
                 self.positions.tolist(),
                 k,
