@@ -141,7 +141,7 @@ def _run(
     v: Tensor,
     plan: Plan,
     scale: float,
-    summaries: tuple[Tensor, ...] = (),
+    summaries: tuple[Tensor | None, ...] = (),
     guests: tuple[Tensor, ...] = (),
     summary_table: tuple[Tensor | None, ...] = (),
     chosen_table: tuple[Tensor | None, ...] = (),
@@ -163,7 +163,7 @@ def _hierarchical(
     if not torch.compiler.is_compiling():
         operators.agree(plan, q.shape[0], q.dtype)
     levels = make_summaries(k, v, plan, extras)
-    summaries: tuple[Tensor, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
+    summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
     guests: tuple[Tensor, ...] = ()
     of_summaries: tuple[Tensor | None, ...] = ()
     of_chosen: tuple[Tensor | None, ...] = ()
@@ -185,11 +185,8 @@ def _hierarchical(
         parts.append(_run(q, k, v, plan, scale, summaries, tokens=False))
     if guests:
         parts.append(_run(q, k, v, plan, scale, guests=guests, chosen_table=of_chosen, tokens=False))
-    assert extras.gates is not None
-    weights = torch.sigmoid(extras.gates.to(parts[0][1].dtype))
-    total = sum(weights[..., i, None] * part[0] for i, part in enumerate(parts))
-    assert isinstance(total, Tensor)
-    return total.to(q.dtype), parts[0][1], selection
+    out: Tensor = torch.ops.distattn.gate([part[0] for part in parts], extras.gates)
+    return out, parts[0][1], selection
 
 
 def _corrected(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:

@@ -6,18 +6,18 @@ alike. So each rank has all summaries in one buffer, level by level, each level 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from distattn.algebra import Dense, Pattern
 from distattn.axis import Axis
 from distattn.cost import Work
+from distattn.kernels.chunks import Choosing, Ladder, Rung
 from distattn.kernels.table import TileTable
 from distattn.layout import Layout
+from distattn.levels import Level, OnDevices, packed
 from distattn.messages import Ownership, Transfer, to_everyone
 from distattn.patterns import Causal, GlobalKeys
 from distattn.segment_patterns import Chunked
@@ -26,56 +26,6 @@ from distattn.spec import AttentionSpec
 from distattn.tiles import Extents, assemble, visit
 
 _NONE = np.zeros(0, np.int64)
-
-
-class OnDevices:
-    """Arrays by name, each copied to a device once."""
-
-    @cached_property
-    def _copies(self) -> dict[tuple[torch.device, str], torch.Tensor]:
-        return {}
-
-    def on(self, device: torch.device, name: str) -> torch.Tensor:
-        """The array that is the attribute ``name``."""
-        if (device, name) not in self._copies:
-            self._copies[device, name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device)
-        return self._copies[device, name]
-
-
-@dataclass(frozen=True, eq=False)
-class Level(OnDevices):
-    """Summaries of one level over the whole sequence.
-
-    chunk, stride: tokens. members: how many of the level below a whole one has.
-    start, stop: int64 [count], the positions [start, stop) that a summary stands for.
-    size: int64 [count]: n, how many of these it counts; 0: there is no such summary.
-    first_row: of the summary buffer.
-    """
-
-    chunk: int
-    stride: int
-    members: int
-    start: Ints
-    stop: Ints
-    size: Ints
-    first_row: int
-
-    @property
-    def count(self) -> int:
-        return len(self.start)
-
-    @property
-    def exists(self) -> Bools:
-        return self.size > 0
-
-    @property
-    def centre(self) -> NDArray[np.float64]:
-        """The mean of the first and the last position."""
-        return np.asarray((self.start + self.stop - 1) / 2)
-
-    @property
-    def log_size(self) -> NDArray[np.float64]:
-        return np.log(np.maximum(self.size, 1))
 
 
 class Hierarchy(OnDevices):
@@ -207,6 +157,17 @@ class Hierarchy(OnDevices):
         positions = np.unique(np.minimum((ends[:, None] + np.arange(more)).ravel(), self.length - 1))
         return self._bring(positions, self.kv_heads), positions
 
+    @property
+    def overlap_rows(self) -> Ints:
+        """int64 [summaries, chunk], where summaries overlap: the rows of each that this rank pools, of its own rows and
+        those of the halo behind them."""
+        level, positions = self.levels[0], self.positions
+        if self.halo is not None:
+            positions = np.concatenate((positions, self.halo[1]))
+        wanted = level.start[self.my_chunks][:, None] + np.arange(level.chunk)
+        order = np.argsort(positions, kind="stable")  # of a position that is here twice, its own row
+        return order[np.searchsorted(positions[order], wanted)]
+
     @cached_property
     def positions(self) -> Ints:
         """int64 [tokens]: of this rank's rows."""
@@ -270,6 +231,89 @@ class Hierarchy(OnDevices):
     def chunk_centre(self) -> NDArray[np.float64]:
         start = np.arange(self.chunks) * self.chunk
         return np.asarray((start + np.minimum(start + self.chunk, self.length) - 1) / 2)
+
+    @property
+    def chooses_whole_chunks(self) -> bool:
+        """Whether no candidate is short of a token, at the end or for a global key."""
+        return bool((self.chunk_size[self.selectable] == self.chunk).all())
+
+    @property
+    def chunk_masks(self) -> NDArray[np.int32]:
+        """int32 [chunks, words]: bits of a chunk's tokens that are there and not global keys."""
+        allowed = np.zeros(self.chunks * self.chunk, np.bool_)
+        allowed[: self.length] = True
+        allowed[self.left_out] = False
+        return packed(allowed.reshape(self.chunks, self.chunk))
+
+    @cached_property
+    def choosing(self) -> Choosing:
+        """How chunks are chosen, for the kernels."""
+        select = self.spec.select
+        assert select is not None
+        mass, level = select.score == "mass", self.levels[0] if self.levels else None
+        return Choosing(
+            self.chunks,
+            select.k,
+            self.window[1],
+            self.causal,
+            select.always,
+            mass,
+            self.chunk // level.stride if mass and level else 1,
+            level.chunk // level.stride if mass and level else 1,
+            self.heads // self.kv_heads if mass and select.heads == "kv" else 1,
+            self.chunk // self.tile,
+        )
+
+    @property
+    def tile_chunk(self) -> NDArray[np.int32]:
+        """int32 [tiles]: the chunk that each of this rank's query tiles is in."""
+        return (self.tile_position // self.chunk).astype(np.int32)
+
+    @property
+    def tile_until(self) -> NDArray[np.int32]:
+        """int32 [tiles]: how many columns of scores there are for a tile: chunks to choose from, or, where their mass
+        decides, summaries that end by its first query."""
+        position = self.tile_position
+        if not self.choosing.mass:
+            before = np.clip(position // self.chunk - self.window[1] + 1, 0, self.chunks)
+            return (before if self.causal else np.full_like(position, self.chunks)).astype(np.int32)
+        end = position + (self.tile == 1)
+        visible = np.searchsorted(self.levels[0].stop, end, side="right")
+        return (visible if self.causal else np.full_like(position, self.levels[0].count)).astype(np.int32)
+
+    @cached_property
+    def ladder(self) -> Ladder:
+        """What is visited of the summary buffer beside chosen chunks, for the kernels."""
+        rungs: list[Rung] = []
+        for number, level in enumerate(self.levels):
+            reach = self.window[1] if number == 0 else self.spec.summaries[number - 1].reach
+            further, coarser = self.spec.summaries[number].reach, self.levels[number + 1 : number + 2]
+            assert reach is not None
+            members = coarser[0].members if coarser else 1
+            rungs.append(Rung(level.chunk, level.count, level.first_row, reach, further or 0, members))
+        return Ladder(rungs, self.causal, self.chunk, self.page, self.rows // self.page, self._most_pages())
+
+    def _most_pages(self) -> int:
+        """No tile visits more pages of the summary buffer than this."""
+        total = 0
+        for number, level in enumerate(self.levels):
+            pages = here = -(-level.count // self.page)
+            further = self.spec.summaries[number].reach
+            if further is not None:
+                members = self.levels[number + 1].members
+                sides = 1 if self.causal else 2
+                here = sides * (further * members // self.page + 2)
+                here += self.choosing.most * (members // self.page + 2)
+            total += min(pages, here)
+        return total
+
+    @property
+    def row_bits(self) -> NDArray[np.int32]:
+        """int32 [pages of the summary buffer, words]: bits of the rows that are summaries."""
+        exists = np.zeros(self.rows, np.bool_)
+        for level in self.levels:
+            exists[level.first_row : level.first_row + level.count] = level.exists
+        return packed(exists.reshape(-1, self.page))
 
     @property
     def own_page(self) -> Ints:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distattn.exchange import Agreement, Counter, Exchange, fetch, give_back
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype
-from distattn.kernels.rows import add_rows
+from distattn.kernels.rows import add_rows, gate, gate_backward
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.messages import Transfer
 from distattn.passes import Pass, Source
@@ -136,14 +136,14 @@ def _sources(plan: Plan, inputs: list[Any], sums: list[Tensor | None] | None) ->
         if summary_pages is not None:
             pages = hierarchy.rows // hierarchy.page
             tables = _tables(plan, summary_pages, summary_masks, hierarchy.page, pages, 0)
-        none = bias[:, :0]
+        biases = None if bias is None else Biases(bias, bias[:, :0])
         if sums is None:
-            found.append(Source(own, nobody, tables, Biases(bias, none)))
+            found.append(Source(own, nobody, tables, biases))
         else:
             dk, dv, db = sums[:3]
-            assert dk is not None and dv is not None and db is not None
-            d_nobody, d_bias = Pages(dk[:, :0], dv[:, :0]), Biases(db, db[:, :0])
-            found.append(Source(own, nobody, tables, Biases(bias, none), Pages(dk, dv), d_nobody, d_bias))
+            assert dk is not None and dv is not None
+            d_nobody, d_bias = Pages(dk[:, :0], dv[:, :0]), None if db is None else Biases(db, db[:, :0])
+            found.append(Source(own, nobody, tables, biases, Pages(dk, dv), d_nobody, d_bias))
     if gk is not None:
         assert hierarchy is not None
         chunk = hierarchy.chunk
@@ -176,6 +176,45 @@ def _tables(
         for b in range(pages.shape[0])
     ]
 
+
+torch.library.define("distattn::gate", "(Tensor[] parts, Tensor gates) -> Tensor", tags=_TAG)
+torch.library.define(
+    "distattn::gate_backward", "(Tensor grad, Tensor[] parts, Tensor gates) -> (Tensor[], Tensor)", tags=_TAG
+)
+
+
+@torch.library.impl("distattn::gate", "default")
+def _gate(parts: list[Tensor], gates: Tensor) -> Tensor:
+    """Results of several softmaxes, added with the sigmoids of gates; see rows.gate."""
+    return gate(parts, gates)
+
+
+@torch.library.register_fake("distattn::gate")
+def _gate_fake(parts: list[Tensor], gates: Tensor) -> Tensor:
+    return parts[0].new_empty(parts[0].shape)
+
+
+@torch.library.impl("distattn::gate_backward", "default")
+def _gate_backward(grad: Tensor, parts: list[Tensor], gates: Tensor) -> tuple[list[Tensor], Tensor]:
+    return gate_backward(grad, parts, gates)
+
+
+@torch.library.register_fake("distattn::gate_backward")
+def _gate_backward_fake(grad: Tensor, parts: list[Tensor], gates: Tensor) -> tuple[list[Tensor], Tensor]:
+    return [x.new_empty(x.shape) for x in parts], gates.new_empty(gates.shape)
+
+
+def _save_gate(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    parts, gates = inputs
+    ctx.save_for_backward(*parts, gates)
+
+
+def _differentiate_gate(ctx, grad):  # type: ignore[no-untyped-def]
+    *parts, gates = ctx.saved_tensors
+    return torch.ops.distattn.gate_backward(grad, parts, gates)
+
+
+torch.library.register_autograd("distattn::gate", _differentiate_gate, setup_context=_save_gate)
 
 torch.library.define("distattn::gather_rows", "(Tensor[] x, str plan, str what) -> Tensor[]", tags=_TAG)
 torch.library.define(

@@ -68,7 +68,7 @@ class Pass:
 
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
-        if several or stages[0].table.has_empty_rows:  # tiles that visit nothing are left alone
+        if len(stages) != 1 or stages[0].table.has_empty_rows:  # tiles that visit nothing are left alone
             out.zero_()
             lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
-from distattn.hierarchy import Hierarchy, Level
+from distattn.hierarchy import Hierarchy
 from distattn.kernels.attention import accumulator_dtype
 from distattn.kernels.rows import chunk_means, chunk_means_backward
+from distattn.levels import Level
 from distattn.plan import Plan
 
 
@@ -27,10 +28,14 @@ class Pooled(NamedTuple):
     bias: Tensor
 
 
+def _hierarchy(plan: Plan) -> Hierarchy:
+    assert plan.hierarchy is not None
+    return plan.hierarchy
+
+
 def make_summaries(k: Tensor, v: Tensor, plan: Plan, extras: AttentionExtras) -> list[Pooled]:
     """All levels, on every rank, from this rank's k and v. Differentiable."""
-    hierarchy = plan.hierarchy
-    assert hierarchy is not None
+    hierarchy = _hierarchy(plan)
     found: list[Pooled] = []
     members: tuple[Tensor, Tensor] | None = None
     for number, level in enumerate(hierarchy.levels):
@@ -47,8 +52,9 @@ def make_summaries(k: Tensor, v: Tensor, plan: Plan, extras: AttentionExtras) ->
     return found
 
 
-def buffer_of(levels: list[Pooled], hierarchy: Hierarchy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(k, v, bias) of the summary buffer: [batch, rows, kv_heads, dim] of a dtype, and [batch, rows, kv_heads]."""
+def buffer_of(levels: list[Pooled], hierarchy: Hierarchy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(k, v, bias) of the summary buffer: [batch, rows, kv_heads, dim] of a dtype, and [batch, rows, kv_heads] or None
+    if there is no bias."""
     rows = [*(level.first_row for level in hierarchy.levels[1:]), hierarchy.rows]
     parts: list[list[Tensor]] = [[], [], []]
     for pooled, level, stop in zip(levels, hierarchy.levels, rows, strict=True):
@@ -58,13 +64,12 @@ def buffer_of(levels: list[Pooled], hierarchy: Hierarchy, dtype: torch.dtype) ->
         bias = pooled.bias.expand(pooled.keys.shape[0], -1, -1)
         parts[2].append(F.pad(bias, (0, 0, 0, padding)))
     k, v, bias = (torch.cat(part, dim=1) for part in parts)
-    return k, v, bias
+    return k, v, None if all(level.bias == "none" for level in hierarchy.spec.summaries) else bias
 
 
 def mean_keys(k: Tensor, plan: Plan, extras: AttentionExtras) -> Tensor:
     """[batch, chunks, kv_heads, head_dim]: the mean keys of the chunks to choose from, where no level has them."""
-    hierarchy = plan.hierarchy
-    assert hierarchy is not None
+    hierarchy = _hierarchy(plan)
     keys = _means(k if extras.pool_keys is None else extras.pool_keys, hierarchy.chunk, _left_out(plan, k.device))
     means: Tensor = torch.ops.distattn.gather_rows([keys], plan.name, "chunks")[0]
     if extras.rotate is None:
@@ -91,8 +96,7 @@ def _bias(keys: Tensor, number: int, level: Level, plan: Plan, extras: Attention
 
 def _left_out(plan: Plan, device: torch.device) -> Tensor | None:
     """bool [tokens]: this rank's global keys; None if there are none in the sequence."""
-    hierarchy = plan.hierarchy
-    assert hierarchy is not None
+    hierarchy = _hierarchy(plan)
     if not len(hierarchy.left_out):
         return None
     return hierarchy.on(device, "left_out_rows")
@@ -111,26 +115,20 @@ def _pool_tokens(
     if level.stride == level.chunk:
         parts = [_by_chunk(x, level.chunk, -(-k.shape[1] // level.chunk)) for x in rows]
     else:
-        index, rows = _overlapping(rows, plan, level)
+        rows = _with_halo(rows, plan)
+        index = _hierarchy(plan).on(k.device, "overlap_rows")
         parts = [x[:, index] for x in rows]
     return _pool(parts[0], parts[1], parts[2][..., 0, 0], pool)
 
 
-def _overlapping(rows: list[Tensor], plan: Plan, level: Level) -> tuple[Tensor, list[Tensor]]:
-    """(int64 [summaries, chunk]: the rows of each of this rank's summaries; the rows, those that follow added)."""
-    hierarchy = plan.hierarchy
-    assert hierarchy is not None
-    positions = plan.positions
-    if hierarchy.halo is not None:
-        _, more = hierarchy.halo
-        k, v = torch.ops.distattn.gather_rows(rows[:2], plan.name, "halo")
-        there = rows[2].new_ones((1, len(more), 1, 1))
-        rows = [torch.cat(pair, dim=1) for pair in zip(rows, (k, v, there), strict=True)]
-        positions = torch.cat((positions, torch.from_numpy(more)))
-    wanted = torch.from_numpy(level.start[hierarchy.my_chunks])[:, None] + torch.arange(level.chunk)
-    order = torch.argsort(positions, stable=True)  # of a position that is here twice, its own row
-    index = order[torch.searchsorted(positions[order], wanted)]
-    return index.to(rows[0].device), rows
+def _with_halo(rows: list[Tensor], plan: Plan) -> list[Tensor]:
+    """K, V and what is there of this rank's rows, those that follow its segments added."""
+    halo = _hierarchy(plan).halo
+    if halo is None:
+        return rows
+    k, v = torch.ops.distattn.gather_rows(rows[:2], plan.name, "halo")
+    there = rows[2].new_ones((1, len(halo[1]), 1, 1))
+    return [torch.cat(pair, dim=1) for pair in zip(rows, (k, v, there), strict=True)]
 
 
 def _by_chunk(x: Tensor, members: int, count: int) -> Tensor:

@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from distattn.kernels.attention_triton import merge_slots, programs_at_once
+from distattn.kernels.attention_triton import programs_at_once
+from distattn.kernels.slots_triton import merge_slots
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import (
     GROUP_ROWS,
@@ -354,7 +355,7 @@ def forward(
     work = query_work(table, device, programs)
     if work.most == 0:
         return
-    units, _, side_by_side = query_units(table.head_table, own.k.shape[2], pack=False, device=device)
+    units, _, side_by_side = query_units(table.head_table, own.k.shape[2], 1, device)
     slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
     slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
     numbers = len(units) * work.most

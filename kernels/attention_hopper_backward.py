@@ -22,7 +22,7 @@ from torch import Tensor
 from distattn.kernels.attention_hopper_keys import grad_keys
 from distattn.kernels.attention_hopper_queries import grad_queries
 from distattn.kernels.attention_triton import programs_at_once
-from distattn.kernels.attention_triton_backward import add_key_slots, add_query_slots
+from distattn.kernels.slots_triton import add_key_slots, add_query_slots
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import line_descriptor, rows_descriptor
 from distattn.kernels.walk_triton import LOG2_E
@@ -62,7 +62,7 @@ def backward(
     device, (tokens, heads, dim) = q.device, q.shape[1:]
     kv_heads, v_dim = own.v.shape[2:]
     programs = programs_at_once(device)
-    units, _, side_by_side = query_units(table.head_table, kv_heads, pack=False, device=device)
+    units, _, side_by_side = query_units(table.head_table, kv_heads, 1, device)
     by_query = query_work(table, device, programs)
     if by_query.most == 0:
         return

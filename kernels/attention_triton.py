@@ -14,15 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.configurations import Sizes, configuration
+from distattn.kernels.configurations import Sizes, configuration, taken_together
+from distattn.kernels.slots_triton import merge_slots
 from distattn.kernels.walk_triton import (
     LN_2,
     LOG2_E,
     LOWEST,
-    UNIT_SIZE,
     find_item,
     first_full,
     key_biases,
+    listed_mask_bits,
     mask_bits,
     next_full,
     page_length,
@@ -31,7 +32,7 @@ from distattn.kernels.walk_triton import (
     slot_of,
     tile_rows,
 )
-from distattn.kernels.work import Work, query_units, query_work
+from distattn.kernels.work import query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
@@ -50,6 +51,41 @@ def _softmax_step(scores, v_at, v_mask, high, total, acc, MASKED: tl.constexpr, 
     return new_high, total, acc
 
 
+@triton.jit
+def _visit_listed(
+    queries, k, v, guest_k, guest_v, bias, guest_bias, pages, mask_of, masks, token, begin, end,
+    own_pages, own_rows, k_n, v_n, guest_k_n, guest_v_n, bias_n, guest_bias_n, high, total, acc, scale,
+    MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Goes on with the pages ``pages[begin] .. pages[end - 1]``, each of BLOCK_K rows, COLUMNS rows at a time."""
+    column = tl.arange(0, COLUMNS)
+    d = tl.arange(0, DIM_2)
+    dv = tl.arange(0, V_DIM_2)
+    for first in tl.range(begin, end, COLUMNS // BLOCK_K, num_stages=STAGES):
+        visit = first + column // BLOCK_K
+        page = tl.load(pages + visit, mask=visit < end, other=0)
+        sub = column % BLOCK_K
+        there = (visit < end) & (sub < page_length(page, own_pages, own_rows, 0, BLOCK_K))
+        k_at, _ = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+        v_at, _ = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+        keys = tl.load(k_at[:, None] + d, mask=there[:, None] & (d < DIM), other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if BIAS:
+            bias_at, _ = page_rows(bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, BLOCK_K)
+            scores += (tl.load(bias_at, mask=there, other=0.0) * LOG2_E)[None, :]
+        if MASKED:
+            allowed = listed_mask_bits(masks, mask_of, first, end, token, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
+            scores = tl.where(allowed, scores, float("-inf"))
+        else:
+            scores = tl.where(there[None, :], scores, float("-inf"))
+        high, total, acc = _softmax_step(
+            scores, v_at[:, None] + dv, there[:, None] & (dv < V_DIM), high, total, acc, True, PRECISION
+        )
+    return high, total, acc
+
+
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
 def _forward(
     q, out, lse, k, v, guest_k, guest_v, bias, guest_bias, slot_out, slot_lse,
@@ -60,7 +96,8 @@ def _forward(
     MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     HEADS: tl.constexpr, HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr,
-    RESUME: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    RESUME: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, MASKS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     item, unit, table, exists = find_item(tl.program_id(0), items, item_ptr, units, most, SIDE_BY_SIDE, ONE_TABLE)
     if not exists:
@@ -69,7 +106,7 @@ def _forward(
     kv_head = tl.load(unit + 2).to(tl.int64)
     tile = tl.load(item) - table * tiles
     slot = slot_of(item)
-    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, ROWS, BLOCK_Q, HEADS, HEADS_2)
     head = (head0 + head).to(tl.int64)
     d = tl.arange(0, DIM_2)
     dv = tl.arange(0, V_DIM_2)
@@ -99,46 +136,59 @@ def _forward(
             acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
 
     begin, end, full = partial_range(item)
-    for i in range(begin * SUBS, end * SUBS):
-        page = tl.load(part_page + i // SUBS)
-        sub = i % SUBS * COLUMNS
-        k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
-        v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
-        there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
-        keys = tl.load(k_page + column[:, None] * k_row + d, mask=there[:, None] & (d < DIM), other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        if BIAS:
-            scores += key_biases(
-                bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
-            )[None, :]  # fmt: skip
-        allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
-        scores = tl.where(allowed, scores, float("-inf"))
-        v_at = v_page + column[:, None] * v_row + dv
-        high, total, acc = _softmax_step(scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, True, PRECISION)
+    if LISTED:  # several pages at a time
+        if not MASKS:
+            begin = tl.load(item + 4)
+            end = begin + full
+        pages = part_page if MASKS else full_first
+        high, total, acc = _visit_listed(
+            queries, k, v, guest_k, guest_v, bias, guest_bias, pages, part_mask, masks, token, begin, end,
+            own_pages, own_rows, k_n, v_n, guest_k_n, guest_v_n, bias_n, guest_bias_n, high, total, acc, scale,
+            MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS, DIM, DIM_2, V_DIM, V_DIM_2, MASKS, BIAS, STAGES, PRECISION,
+        )  # fmt: skip
+    else:
+        for i in range(begin * SUBS, end * SUBS):
+            page = tl.load(part_page + i // SUBS)
+            sub = i % SUBS * COLUMNS
+            k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+            v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+            there = column < page_length(page, own_pages, own_rows, sub, BLOCK_K)
+            keys = tl.load(k_page + column[:, None] * k_row + d, mask=there[:, None] & (d < DIM), other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+            if BIAS:
+                scores += key_biases(
+                    bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
+                )[None, :]  # fmt: skip
+            allowed = mask_bits(masks, tl.load(part_mask + i // SUBS), token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
+            scores = tl.where(allowed, scores, float("-inf"))
+            v_at = v_page + column[:, None] * v_row + dv
+            high, total, acc = _softmax_step(
+                scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, True, PRECISION
+            )
 
-    run, page, left = first_full(item, full_first, full_count)
-    for i in tl.range(0, full * SUBS, num_stages=STAGES):
-        sub = i % SUBS * COLUMNS
-        k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
-        v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
-        k_at = k_page + column[:, None] * k_row + d
-        v_at = v_page + column[:, None] * v_row + dv
-        there = column < BLOCK_K - sub
-        if EVEN:
-            keys = tl.load(k_at)
-        else:
-            keys = tl.load(k_at, mask=there[:, None] & (d < DIM), other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        if BIAS:
-            scores += key_biases(
-                bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
-            )[None, :]  # fmt: skip
-        if SUBS * COLUMNS != BLOCK_K:
-            scores = tl.where(there[None, :], scores, float("-inf"))
-        high, total, acc = _softmax_step(
-            scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, not EVEN, PRECISION
-        )
-        run, page, left = next_full(full_first, full_count, run, page, left, (i % SUBS + 1) // SUBS)
+        run, page, left = first_full(item, full_first, full_count)
+        for i in tl.range(0, full * SUBS, num_stages=STAGES):
+            sub = i % SUBS * COLUMNS
+            k_page, k_row = page_rows(k, guest_k, k_n, guest_k_n, page, own_pages, sub, BLOCK_K)
+            v_page, v_row = page_rows(v, guest_v, v_n, guest_v_n, page, own_pages, sub, BLOCK_K)
+            k_at = k_page + column[:, None] * k_row + d
+            v_at = v_page + column[:, None] * v_row + dv
+            there = column < BLOCK_K - sub
+            if EVEN:
+                keys = tl.load(k_at)
+            else:
+                keys = tl.load(k_at, mask=there[:, None] & (d < DIM), other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+            if BIAS:
+                scores += key_biases(
+                    bias, guest_bias, bias_n, guest_bias_n, page, own_pages, sub, there, BLOCK_K, COLUMNS
+                )[None, :]  # fmt: skip
+            if SUBS * COLUMNS != BLOCK_K:
+                scores = tl.where(there[None, :], scores, float("-inf"))
+            high, total, acc = _softmax_step(
+                scores, v_at, there[:, None] & (dv < V_DIM), high, total, acc, not EVEN, PRECISION
+            )
+            run, page, left = next_full(full_first, full_count, run, page, left, (i % SUBS + 1) // SUBS)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     row_lse = (high + tl.log2(total)) * LN_2
@@ -149,49 +199,6 @@ def _forward(
         at = (slot.to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
         tl.store(slot_out + at[:, None] * V_DIM + dv, acc, mask=out_mask)
         tl.store(slot_lse + at, row_lse, mask=is_row)
-
-
-@triton.jit(do_not_specialize=["tokens", "tiles", "most"])
-def _merge_slots(
-    out, lse, slot_out, slot_lse, split, split_ptr, units, tokens, tiles, most, out_n, out_h, lse_n, lse_h,
-    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr,
-    V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, RESUME: tl.constexpr,
-):  # fmt: skip
-    """Merges the partial results of a row that was cut, in order."""
-    unit = units + tl.program_id(0) // most * UNIT_SIZE
-    table = tl.load(unit)
-    index = tl.load(split_ptr + table) + tl.program_id(0) % most
-    if index >= tl.load(split_ptr + table + 1):
-        return
-    tile = tl.load(split + index * 3) - table * tiles
-    slot0 = tl.load(split + index * 3 + 1)
-    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
-    head = (tl.load(unit + 1) + head).to(tl.int64)
-    dv = tl.arange(0, V_DIM_2)
-    out_at = out + (row * out_n + head * out_h)[:, None] + dv
-    out_mask = is_row[:, None] & (dv < V_DIM)
-    lse_at = lse + row * lse_n + head * lse_h
-    high = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
-    if RESUME:
-        before = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
-        high = tl.maximum(before, LOWEST)
-        total = tl.exp2(before - high)
-        acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
-    for number in range(tl.load(split + index * 3 + 2)):
-        at = ((slot0 + number).to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
-        part = tl.load(slot_lse + at, mask=is_row, other=float("-inf")) * LOG2_E
-        new_high = tl.maximum(high, part)
-        fade = tl.exp2(high - new_high)
-        weight = tl.exp2(part - new_high)
-        part_out = tl.load(slot_out + at[:, None] * V_DIM + dv, mask=out_mask, other=0.0)
-        total = total * fade + weight
-        acc = acc * fade[:, None] + part_out * weight[:, None]
-        high = new_high
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=out_mask)
-    tl.store(lse_at, (high + tl.log2(total)) * LN_2, mask=is_row)
 
 
 def programs_at_once(device: torch.device) -> int:
@@ -206,9 +213,10 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def packs(block_q: int) -> bool:
-    """Whether the heads that share a key/value head make up the rows of a tile together, since its tokens are few."""
-    return block_q <= 32
+def heads_together(block_q: int, dtype: torch.dtype) -> int:
+    """How many heads of those that share a key/value head may make up the rows of a tile, where its tokens are few."""
+    rows: int = triton.next_power_of_2(block_q)
+    return (64 if dtype == torch.float32 else 128) // rows
 
 
 def forward(
@@ -227,12 +235,16 @@ def forward(
     work = query_work(table, device, programs_at_once(device))
     if work.most == 0:
         return
-    units, size, side_by_side = query_units(table.head_table, own.k.shape[2], packs(table.block_q), device)
+    units, size, side_by_side = query_units(
+        table.head_table, own.k.shape[2], heads_together(table.block_q, q.dtype), device
+    )
     size_2 = triton.next_power_of_2(size)
     rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
-    sizes = Sizes(rows, max(16, triton.next_power_of_2(table.block_k)), max(dim_2, v_dim_2))
-    chosen = configuration("forward", device, q.dtype, sizes)
+    page_rows = max(16, triton.next_power_of_2(table.block_k))
+    sizes = Sizes(rows, page_rows, max(dim_2, v_dim_2))
+    whole = table.names_pages and page_rows == table.block_k  # whole words of masks
+    chosen = configuration("forward", device, q.dtype, taken_together("forward", sizes) if whole else sizes)
     slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
     slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
     biases = (lse, lse) if bias is None else bias  # any pointer will do where none is read
@@ -245,35 +257,8 @@ def forward(
             MASK_ROWS=table.mask_rows, BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=chosen.columns,
             ROWS=rows, HEADS=size, HEADS_2=size_2, ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
             SIDE_BY_SIDE=side_by_side,
-            ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None, STAGES=chosen.stages,
+            ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None,
+            LISTED=whole and chosen.columns > page_rows, MASKS=table.has_masks, STAGES=chosen.stages,
             PRECISION=precision(q.dtype), num_warps=chosen.warps,
         )  # fmt: skip
         merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
-
-
-def merge_slots(
-    out: Tensor,
-    lse: Tensor,
-    slot_out: Tensor,
-    slot_lse: Tensor,
-    table: AnyTable,
-    work: Work,
-    units: Tensor,
-    size: int,
-    resume: bool,
-) -> None:
-    """Merges the partial results of rows that were cut into out [tokens, heads, value_dim] and lse [tokens, heads].
-
-    slot_out: float32 [slots, heads, block_q, value_dim], slot_lse: float32 [slots, heads, block_q]; units of ``size``
-    heads.
-    """
-    if not work.slots:
-        return
-    size_2 = triton.next_power_of_2(size)
-    tokens, heads, v_dim = out.shape
-    _merge_slots[(len(units) * work.most_split,)](
-        out, lse, slot_out, slot_lse, work.split, work.split_ptr, units, tokens, table.tiles, work.most_split,
-        *out.stride()[:2], *lse.stride(), BLOCK_Q=table.block_q,
-        ROWS=max(16, triton.next_power_of_2(table.block_q) * size_2), HEADS=size, HEADS_2=size_2, ALL_HEADS=heads,
-        V_DIM=v_dim, V_DIM_2=max(16, triton.next_power_of_2(v_dim)), RESUME=resume, num_warps=8,
-    )  # fmt: skip

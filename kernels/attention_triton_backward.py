@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.attention_triton import packs, precision, programs_at_once
-from distattn.kernels.configurations import Sizes, configuration
+from distattn.kernels.attention_triton import heads_together, precision, programs_at_once
+from distattn.kernels.configurations import Sizes, configuration, taken_together
+from distattn.kernels.slots_triton import add_key_slots, add_query_slots, add_slots
 from distattn.kernels.walk_triton import (
     LOG2_E,
-    UNIT_SIZE,
     find_item,
     first_full,
     key_biases,
@@ -31,7 +31,7 @@ from distattn.kernels.walk_triton import (
     slot_of,
     tile_rows,
 )
-from distattn.kernels.work import Work, key_units, key_work, query_units, query_work
+from distattn.kernels.work import key_units, key_work, query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
@@ -107,7 +107,7 @@ def _grad_queries(
     kv_head = tl.load(unit + 2).to(tl.int64)
     tile = tl.load(item) - table * tiles
     slot = slot_of(item)
-    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    token, row, head, is_row = tile_rows(tile, 0, tokens, ROWS, ROWS, BLOCK_Q, HEADS, HEADS_2)
     head = (head0 + head).to(tl.int64)
     d = tl.arange(0, DIM_2)
     dv = tl.arange(0, V_DIM_2)
@@ -197,11 +197,11 @@ def _key_step(keys, values, biases, queries, grads, row_lse, row_delta, allowed,
 @triton.jit
 def _load_rows(
     q, grad_out, lse, delta, tile, sub, head0, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h, delta_n, delta_h,
-    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, DIM: tl.constexpr,
-    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr,
+    BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr,
+    DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr,
 ):  # fmt: skip
     """Queries, their output's gradients, LSE and delta of rows of a query tile, and the rows' tokens in the tile."""
-    token, row, head, is_row = tile_rows(tile, sub, tokens, ROWS, BLOCK_Q, HEADS, HEADS_2)
+    token, row, head, is_row = tile_rows(tile, sub, tokens, ROWS, TILE_ROWS, BLOCK_Q, HEADS, HEADS_2)
     head = (head0 + head).to(tl.int64)
     d = tl.arange(0, DIM_2)
     dv = tl.arange(0, V_DIM_2)
@@ -226,8 +226,8 @@ def _grad_keys(
     SUBS: tl.constexpr, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr,
     KV_HEADS: tl.constexpr,
     ONE_TABLE: tl.constexpr, DIM: tl.constexpr,
-    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, BIAS: tl.constexpr, MASKS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # SUBS programs beside each other share a page, COLUMNS rows each.
     item, unit, table, exists = find_item(tl.program_id(0) // SUBS, items, item_ptr, units, most, 1, ONE_TABLE)
@@ -264,34 +264,60 @@ def _grad_keys(
             there, BLOCK_K, COLUMNS,
         )  # fmt: skip
     PARTS: tl.constexpr = TILE_ROWS // ROWS  # of a query tile's rows
+    TOGETHER: tl.constexpr = ROWS // TILE_ROWS  # query tiles
 
     begin, end, full = partial_range(item)
-    for number in range(rounds):
-        head = head0 + number * HEADS
-        for i in range(begin * PARTS, end * PARTS):
-            tile = tl.load(part_tile + i // PARTS)
-            queries, grads, row_lse, row_delta, token = _load_rows(
-                q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h,
-                delta_n, delta_h, BLOCK_Q, ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
-            )  # fmt: skip
-            mask = tl.load(part_mask + i // PARTS)
-            allowed = mask_bits_transposed(masks, mask, token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
-            acc_k, acc_v, acc_b = _key_step(
-                keys, values, biases, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, acc_b, scale2, True,
-                BIAS, PRECISION,
-            )  # fmt: skip
-        run, tile, left = first_full(item, full_first, full_count)
-        for i in tl.range(0, full * PARTS, num_stages=STAGES):
-            queries, grads, row_lse, row_delta, token = _load_rows(
-                q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n, lse_h,
-                delta_n, delta_h, BLOCK_Q, ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
-            )  # fmt: skip
-            acc_k, acc_v, acc_b = _key_step(
-                keys, values, biases, queries, grads, row_lse, row_delta, None, acc_k, acc_v, acc_b, scale2, False,
-                BIAS, PRECISION,
-            )  # fmt: skip
-            moves = (i % PARTS + 1) // PARTS
-            run, tile, left = next_full(full_first, full_count, run, tile, left, moves)
+    if TOGETHER > 1:  # and they are listed one by one
+        if not MASKS:
+            begin = tl.load(item + 4)
+            end = begin + full
+        which = part_tile if MASKS else full_first
+        mask_of = part_mask if MASKS else full_first
+        for number in range(rounds):
+            for first in tl.range(begin, end, TOGETHER, num_stages=STAGES):
+                visit = first + tl.arange(0, ROWS) // TILE_ROWS
+                # Behind the last one: a tile that has no token.
+                tile = tl.load(which + visit, mask=visit < end, other=0)
+                tile = tl.where(visit < end, tile, (tokens + BLOCK_Q - 1) // BLOCK_Q)
+                queries, grads, row_lse, row_delta, token = _load_rows(
+                    q, grad_out, lse, delta, tile, 0, head0 + number * HEADS, tokens, q_n, q_h, grad_n, grad_h, lse_n,
+                    lse_h, delta_n, delta_h, BLOCK_Q, ROWS, TILE_ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
+                )  # fmt: skip
+                allowed = None
+                if MASKS:
+                    mask = tl.load(mask_of + visit, mask=visit < end, other=0)
+                    allowed = mask_bits_transposed(masks, mask, token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
+                acc_k, acc_v, acc_b = _key_step(
+                    keys, values, biases, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, acc_b, scale2,
+                    MASKS, BIAS, PRECISION,
+                )  # fmt: skip
+    else:
+        for number in range(rounds):
+            head = head0 + number * HEADS
+            for i in range(begin * PARTS, end * PARTS):
+                tile = tl.load(part_tile + i // PARTS)
+                queries, grads, row_lse, row_delta, token = _load_rows(
+                    q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n,
+                    lse_h, delta_n, delta_h, BLOCK_Q, ROWS, TILE_ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
+                )  # fmt: skip
+                mask = tl.load(part_mask + i // PARTS)
+                allowed = mask_bits_transposed(masks, mask, token, sub, MASK_ROWS, BLOCK_Q, BLOCK_K, COLUMNS)
+                acc_k, acc_v, acc_b = _key_step(
+                    keys, values, biases, queries, grads, row_lse, row_delta, allowed, acc_k, acc_v, acc_b, scale2,
+                    True, BIAS, PRECISION,
+                )  # fmt: skip
+            run, tile, left = first_full(item, full_first, full_count)
+            for i in tl.range(0, full * PARTS, num_stages=STAGES):
+                queries, grads, row_lse, row_delta, token = _load_rows(
+                    q, grad_out, lse, delta, tile, i % PARTS * ROWS, head, tokens, q_n, q_h, grad_n, grad_h, lse_n,
+                    lse_h, delta_n, delta_h, BLOCK_Q, ROWS, TILE_ROWS, HEADS, HEADS_2, DIM, DIM_2, V_DIM, V_DIM_2,
+                )  # fmt: skip
+                acc_k, acc_v, acc_b = _key_step(
+                    keys, values, biases, queries, grads, row_lse, row_delta, None, acc_k, acc_v, acc_b, scale2, False,
+                    BIAS, PRECISION,
+                )  # fmt: skip
+                moves = (i % PARTS + 1) // PARTS
+                run, tile, left = next_full(full_first, full_count, run, tile, left, moves)
 
     acc_k *= scale
     if slot < 0:
@@ -319,40 +345,6 @@ def _grad_keys(
             tl.store(slot_db + at, acc_b, mask=there)
 
 
-@triton.jit(do_not_specialize=["own_rows", "own_blocks", "rows_of_table", "most"])
-def _add_slots(
-    own, guests, slots, split, split_ptr, units, own_rows, own_blocks, rows_of_table, most,
-    own_n, own_h, guest_n, guest_h,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr,
-    DIM: tl.constexpr, DIM_2: tl.constexpr,
-):  # fmt: skip
-    """Adds the partial results of a row that was cut to its block of a buffer, in order; HEADS heads a unit.
-
-    HEAD is the column of a unit that has its first head.
-    """
-    pid = tl.program_id(0)
-    unit = units + pid // (most * HEADS) * UNIT_SIZE
-    table = tl.load(unit)
-    index = tl.load(split_ptr + table) + pid // HEADS % most
-    if index >= tl.load(split_ptr + table + 1):
-        return
-    head = (tl.load(unit + HEAD) + pid % HEADS).to(tl.int64)
-    block = tl.load(split + index * 3) - table * rows_of_table
-    slot0 = tl.load(split + index * 3 + 1)
-    row = tl.arange(0, ROWS)
-    d = tl.arange(0, DIM_2)
-    mask = (row < page_length(block, own_blocks, own_rows, 0, BLOCK))[:, None] & (d < DIM)
-    acc = tl.zeros([ROWS, DIM_2], tl.float32)
-    for number in range(tl.load(split + index * 3 + 2)):
-        at = ((slot0 + number).to(tl.int64) * ALL_HEADS + head) * BLOCK + row
-        acc += tl.load(slots + at[:, None] * DIM + d, mask=mask, other=0.0)
-    base, stride = page_rows(own + head * own_h, guests + head * guest_h, own_n, guest_n, block, own_blocks, 0, BLOCK)
-    sum_at = base + row[:, None] * stride + d
-    if own.dtype.element_ty == tl.float32:  # what has 16 bits is written, see attention_backward
-        acc += tl.load(sum_at, mask=mask, other=0.0)
-    tl.store(sum_at, acc.to(own.dtype.element_ty), mask=mask)
-
-
 def backward(
     q: Tensor,
     own: Pages,
@@ -372,7 +364,7 @@ def backward(
     kv_heads, v_dim = own.v.shape[2:]
     share = heads // kv_heads
     programs = programs_at_once(device)
-    units, size, side_by_side = query_units(table.head_table, kv_heads, packs(table.block_q), device)
+    units, size, side_by_side = query_units(table.head_table, kv_heads, heads_together(table.block_q, q.dtype), device)
     by_query = query_work(table, device, programs)
     if by_query.most == 0:
         return
@@ -382,7 +374,9 @@ def backward(
     page_rows = max(16, triton.next_power_of_2(table.block_k))
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
     sizes = Sizes(tile_rows, page_rows, max(dim_2, v_dim_2))
-    for_queries, for_keys = (configuration(kernel, device, q.dtype, sizes) for kernel in ("queries", "keys"))
+    for_queries = configuration("queries", device, q.dtype, sizes)
+    key_sizes = taken_together("keys", sizes) if table.names_pages else sizes
+    for_keys = configuration("keys", device, q.dtype, key_sizes)
     shared = dict(
         MASK_ROWS=table.mask_rows, BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2,
         BIAS=bias is not None, PRECISION=precision(q.dtype), DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
@@ -412,59 +406,13 @@ def backward(
                 by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
                 q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
                 *_strides(*rows, *own, *guests, *biases, *d_own, *d_guests, *d_biases), COLUMNS=for_keys.columns,
-                SUBS=subs, ROWS=for_keys.rows, TILE_ROWS=tile_rows, KV_HEADS=kv_heads, STAGES=for_keys.stages,
-                num_warps=for_keys.warps, ONE_TABLE=by_key.one_table, **shared,
+                SUBS=subs, ROWS=for_keys.rows, TILE_ROWS=tile_rows, MASKS=table.has_masks, KV_HEADS=kv_heads,
+                STAGES=for_keys.stages, num_warps=for_keys.warps, ONE_TABLE=by_key.one_table, **shared,
             )  # fmt: skip
             add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)
             if d_bias is not None:
                 mine, others = (x[b].unsqueeze(-1) for x in d_bias)
-                _add_key_slots(mine, others, slot_db.unsqueeze(-1), table, by_key, kv_units)
-
-
-def add_query_slots(dq: Tensor, slots: Tensor, table: AnyTable, work: Work, units: Tensor, size: int) -> None:
-    """Adds the partial results of query tiles that were cut to dq [tokens, heads, head_dim].
-
-    slots: float32 [slots, heads, block_q, head_dim]; units of ``size`` heads.
-    """
-    if not work.slots:
-        return
-    tokens, heads, dim = dq.shape
-    _add_slots[(len(units) * work.most_split * size,)](
-        dq, dq, slots, work.split, work.split_ptr, units, tokens, table.tiles, table.tiles, work.most_split,
-        *dq.stride()[:2], *dq.stride()[:2], BLOCK=table.block_q, ROWS=triton.next_power_of_2(table.block_q), HEAD=1,
-        HEADS=size, ALL_HEADS=heads, DIM=dim, DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
-    )  # fmt: skip
-
-
-def add_key_slots(
-    d_own: Pages,
-    d_guests: Pages,
-    b: int,
-    slot_dk: Tensor,
-    slot_dv: Tensor,
-    table: AnyTable,
-    work: Work,
-    kv_units: Tensor,
-) -> None:
-    """Adds the partial results of pages that were cut to the gradients of sequence b.
-
-    slot_dk: float32 [slots, kv_heads, block_k, head_dim], slot_dv likewise with value_dim.
-    """
-    _add_key_slots(d_own.k[b], d_guests.k[b], slot_dk, table, work, kv_units)
-    _add_key_slots(d_own.v[b], d_guests.v[b], slot_dv, table, work, kv_units)
-
-
-def _add_key_slots(own: Tensor, guests: Tensor, slots: Tensor, table: AnyTable, work: Work, kv_units: Tensor) -> None:
-    """own and guests: [rows, kv_heads, dim]; slots: float32 [slots, kv_heads, block_k, dim]."""
-    if not work.slots:
-        return
-    rows, kv_heads, dim = own.shape
-    _add_slots[(len(kv_units) * work.most_split,)](
-        own, guests, slots, work.split, work.split_ptr, kv_units, rows, table.own_pages, table.pages,
-        work.most_split, *own.stride()[:2], *guests.stride()[:2], BLOCK=table.block_k,
-        ROWS=max(16, triton.next_power_of_2(table.block_k)), HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=dim,
-        DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
-    )  # fmt: skip
+                add_slots(mine, others, slot_db.unsqueeze(-1), table, by_key, kv_units)
 
 
 def _at(b: int, *pages: tuple[Tensor, ...]) -> list[Tensor]:

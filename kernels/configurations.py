@@ -29,6 +29,18 @@ class Sizes(NamedTuple):
     dim: int
 
 
+def taken_together(kernel: Kernel, sizes: Sizes) -> Sizes:
+    """The sizes of what is multiplied where tiles and pages are named one by one: several small ones make a large one.
+
+    Of query tiles that fill half of the matrix unit's rows or more, pages are better taken one after the other.
+    """
+    if kernel == "forward" and sizes.rows <= 32 <= sizes.page_rows:
+        return sizes._replace(page_rows=max(sizes.page_rows, 128))
+    if kernel == "keys":
+        return sizes._replace(rows=max(sizes.rows, 64))
+    return sizes
+
+
 class Configuration(NamedTuple):
     """columns: keys of a page that are multiplied at a time. rows: rows of a query tile; but for "keys", all of them.
     warps: of a program. stages: pages, or query rows, that are on their way at a time."""

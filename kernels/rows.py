@@ -138,6 +138,36 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
     return out * (lse - base).exp().unsqueeze(-1) + other_out * (other_lse - base).exp().unsqueeze(-1), union
 
 
+def gate(parts: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """``sum_i sigmoid(gates[..., i]) parts[i]``, summed in the accumulator's dtype.
+
+    parts: [batch, tokens, heads, dim], of one dtype, which the result has. gates: [batch, tokens, heads, parts].
+    """
+    if gates.is_cuda and parts[0].dtype != torch.float64:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.gate(parts, gates)
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    weights = torch.sigmoid(gates.to(dtype))
+    total = parts[0].new_zeros(parts[0].shape, dtype=dtype)
+    for i, part in enumerate(parts):
+        total.addcmul_(weights[..., i, None], part.to(dtype))
+    return total.to(parts[0].dtype)
+
+
+def gate_backward(grad: Tensor, parts: Sequence[Tensor], gates: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The gradients of parts and gates, in their dtypes, from that of :func:`gate`."""
+    if gates.is_cuda and parts[0].dtype != torch.float64:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.gate_backward(grad, parts, gates)
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    weights, wide = torch.sigmoid(gates.to(dtype)), grad.to(dtype)
+    products = torch.stack([(wide * part.to(dtype)).sum(-1) for part in parts], dim=-1)
+    d_parts = [(weights[..., i, None] * wide).to(part.dtype) for i, part in enumerate(parts)]
+    return d_parts, (products * weights * (1 - weights)).to(gates.dtype)
+
+
 def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Means of chunks of rows.
 

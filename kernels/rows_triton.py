@@ -112,6 +112,62 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
     return merged, merged_lse
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _gate(
+    gates, grad, x0, x1, x2, out, d0, d1, d2, d_gates, rows, DIM: tl.constexpr, DIM_2: tl.constexpr,
+    PARTS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """All tensors contiguous: rows x DIM, but gates and d_gates rows x PARTS."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    d = tl.arange(0, DIM_2)
+    mask = there[:, None] & (d < DIM)
+    at = row[:, None] * DIM + d
+    total = tl.zeros([ROWS, DIM_2], tl.float32)
+    if BACKWARD:
+        total = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(PARTS):
+        x = x0 if i == 0 else (x1 if i == 1 else x2)
+        dx = d0 if i == 0 else (d1 if i == 1 else d2)
+        weight = tl.sigmoid(tl.load(gates + row * PARTS + i, mask=there, other=0.0).to(tl.float32))
+        part = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tl.store(dx + at, (total * weight[:, None]).to(dx.dtype.element_ty), mask=mask)
+            product = tl.sum(total * part, 1) * weight * (1.0 - weight)
+            tl.store(d_gates + row * PARTS + i, product.to(d_gates.dtype.element_ty), mask=there)
+        else:
+            total += part * weight[:, None]
+    if not BACKWARD:
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+def _launch_gate(
+    parts: Sequence[Tensor], gates: Tensor, grad: Tensor | None, out: Tensor, d_parts: Sequence[Tensor], d_gates: Tensor
+) -> None:
+    three, d_three = ([*x, *[x[0]] * (3 - len(x))] for x in ([x.contiguous() for x in parts], d_parts))
+    dim = parts[0].shape[3]
+    dim_2 = triton.next_power_of_2(dim)
+    rows = max(1, 4096 // dim_2)
+    if out.numel():
+        _gate[(triton.cdiv(out.numel() // dim, rows),)](
+            gates.contiguous(), out if grad is None else grad.contiguous(), *three, out, *d_three, d_gates,
+            out.numel() // dim, DIM=dim, DIM_2=dim_2, PARTS=len(parts), BACKWARD=grad is not None, ROWS=rows,
+        )  # fmt: skip
+
+
+def gate(parts: Sequence[Tensor], gates: Tensor) -> Tensor:
+    out = torch.empty(parts[0].shape, dtype=parts[0].dtype, device=parts[0].device)
+    _launch_gate(parts, gates, None, out, [out], gates)
+    return out
+
+
+def gate_backward(grad: Tensor, parts: Sequence[Tensor], gates: Tensor) -> tuple[list[Tensor], Tensor]:
+    d_parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in parts]
+    d_gates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    _launch_gate(parts, gates, grad, d_parts[0], d_parts, d_gates)
+    return d_parts, d_gates
+
+
 @triton.jit(do_not_specialize=["rows", "chunk"])
 def _chunk_means(
     x, left_out, means, counts, rows, chunk, x_b, x_n, x_h, x_d, HEADS: tl.constexpr, DIM: tl.constexpr,

@@ -64,6 +64,14 @@ class SelectedTable(Tiling):
         return self.selected.shape[0]
 
     @property
+    def names_pages(self) -> bool:
+        return True
+
+    @property
+    def has_masks(self) -> bool:
+        return self.masks is not None
+
+    @property
     def mask_rows(self) -> int:
         """Rows of a mask: 1 or block_q."""
         one = self.masks is not None and self.masks.ndim == 5 and self.masks.shape[3] == 1

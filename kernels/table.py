@@ -44,6 +44,16 @@ class Tiling:
         return self.own_pages + self.guest_pages
 
     @property
+    def names_pages(self) -> bool:
+        """Whether FULL visits are listed page by page; else they are runs."""
+        return False
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any visit is PARTIAL; a table that names pages has either kind alone."""
+        return True
+
+    @property
     def mask_rows(self) -> int:
         """Rows of a mask: one for each row of a tile."""
         return self.block_q

@@ -85,10 +85,14 @@ def next_full(full_first, full_count, run, at, left, moves):
 
 @triton.jit
 def tile_rows(
-    tile, row0, tokens, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr
-):
-    """Of rows row0 .. row0 + ROWS - 1 of a query tile: token in the tile, token of the rank, head, and if it exists."""
-    row = row0 + tl.arange(0, ROWS)
+    tile, row0, tokens, ROWS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, HEADS: tl.constexpr,
+    HEADS_2: tl.constexpr,
+):  # fmt: skip
+    """Of rows row0 .. row0 + ROWS - 1 of a query tile: token in the tile, token of the rank, head, and if it exists.
+
+    With ROWS > TILE_ROWS of several whole tiles: then ``tile`` has the one of each row.
+    """
+    row = (row0 + tl.arange(0, ROWS)) % TILE_ROWS
     token = row // HEADS_2
     head = row % HEADS_2
     at = tile * BLOCK_Q + token
@@ -135,6 +139,27 @@ def mask_bits(
     words = tl.load(row[:, None] + word[None, :], mask=(token < BLOCK_Q)[:, None] & (word < WORDS)[None, :], other=0)
     bits = (words[:, :, None] >> (sub % 32 + tl.arange(0, COLUMNS // HERE))[None, None, :]) & 1
     return tl.reshape(bits, [token.shape[0], COLUMNS]) != 0
+
+
+@triton.jit
+def listed_mask_bits(
+    masks, mask_of, first, end, token, MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`mask_bits` of several pages, those of visits first .. (of which the ones from ``end`` on are none), each
+    of BLOCK_K columns, a multiple of 32. One row where that stands for all."""
+    WORDS: tl.constexpr = BLOCK_K // 32
+    HERE: tl.constexpr = COLUMNS // 32
+    word = tl.arange(0, HERE)
+    visit = first + word // WORDS
+    mask = tl.load(mask_of + visit, mask=visit < end, other=0).to(tl.int64) * MASK_ROWS
+    if MASK_ROWS == 1:
+        words = tl.load(masks + (mask * WORDS + word % WORDS)[None, :], mask=(visit < end)[None, :], other=0)
+    else:
+        at = masks + (mask[None, :] + token[:, None] % MASK_ROWS) * WORDS + word % WORDS
+        words = tl.load(at, mask=(token < BLOCK_Q)[:, None] & (visit < end)[None, :], other=0)
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, [words.shape[0], COLUMNS]) != 0
 
 
 @triton.jit

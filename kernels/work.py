@@ -202,10 +202,8 @@ def longest_piece(even: float) -> int:
 
 
 @lru_cache(maxsize=64)
-def query_units(
-    head_table: tuple[int, ...], kv_heads: int, pack: bool, device: torch.device
-) -> tuple[Tensor, int, int]:
-    """Units of query heads: one head, or with ``pack`` all that share a key/value head, where they share a table.
+def query_units(head_table: tuple[int, ...], kv_heads: int, most: int, device: torch.device) -> tuple[Tensor, int, int]:
+    """Units of query heads: as many of those that share a key/value head and a table as divide them, up to ``most``.
 
     Kept, so that only the first of many tables waits until units are on the device.
 
@@ -215,7 +213,7 @@ def query_units(
     heads = len(head_table)
     share = heads // kv_heads
     alike = all(len({*head_table[h : h + share]}) == 1 for h in range(0, heads, share))
-    size = share if pack and alike else 1
+    size = max(n for n in range(1, max(most, 1) + 1) if share % n == 0) if alike else 1
     units = [(head_table[h], h, h // share, size) for h in range(0, heads, size)]
     return torch.tensor(units, dtype=torch.int32, device=device), size, share // size if alike else 1
 

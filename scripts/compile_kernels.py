@@ -26,8 +26,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from distattn.axis import Axis
-from distattn.kernels import attention, rows_triton
+from distattn.kernels import attention, chunks_triton, rows_triton
 from distattn.kernels.attention import Biases, Choice, Pages
+from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
 from distattn.kernels.rows import Places
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 from distattn.tiles import Extents, assemble, visit
@@ -81,9 +82,24 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
             rows_triton.merge(q.float(), lse, q.float(), lse)
             means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))
             rows_triton.chunk_means_backward(means, counts, tokens, 64, None, dtype)
+            rows_triton.gate_backward(grad, [grad, grad], lse[..., None].repeat(1, 1, 1, 2))
+            record_choice(q)
     finally:
         JITFunction.run, attention.choose = before
     return found
+
+
+def record_choice(q: torch.Tensor) -> None:
+    """Each token chooses of a thousand chunks by the mass of summaries, and visits two levels beside them."""
+    chunks, share = 1024, q.shape[2] // 2
+    by = Choosing(chunks, 16, 1, True, ("first", "own"), True, 4, 2, share, 64)
+    own = torch.arange(q.shape[1], dtype=torch.int32) // 64
+    keys = q[:, :1, :2].repeat(1, chunks * 4, 1, 1)
+    choosers = Choosers(q, torch.arange(q.shape[1]).numpy(), own, own * 4)
+    chosen = chunks_triton.choose_chunks(by, choosers, keys, None, torch.ones(chunks, dtype=torch.bool), 0.1)
+    rungs = [Rung(64, 1024, 0, 4, 4, 16), Rung(1024, 64, 1024, 4, 0, 1)]
+    exists = torch.zeros(34, 1, dtype=torch.int32)
+    chunks_triton.summary_pages(chosen, own, exists, Ladder(rungs, True, 64, 32, 34, 20))
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

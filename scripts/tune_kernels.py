@@ -6,8 +6,8 @@
 Each size is a bfloat16 case in which every query tile visits 16 pages at random, as chosen on the device. Candidates
 are compiled first, by several processes, into Triton's cache; then they are timed in turn, round after round, and the
 lowest median wins, if it is at least 3 % below that of the rule in kernels/configurations.py. "us" is the time of the
-pass, forward or backward, that the kernel is a part of; "rule_us" is the time with the rule. Other GPUs' lines in the
-file are kept.
+pass, forward or backward, that the kernel is a part of; "rule_us" is the time with the rule. Lines of other GPUs
+and of sizes that were not tried are kept.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 
 from distattn.kernels import configurations
 from distattn.kernels.attention import Biases, Pages, attention_backward, attention_forward
-from distattn.kernels.configurations import Configuration, Kernel, Sizes, by_rule
+from distattn.kernels.configurations import Configuration, Kernel, Sizes, by_rule, taken_together
 from distattn.kernels.selected import SelectedTable
 
-SHAPES = ((128, 128), (64, 64), (128, 64), (16, 64))
+SHAPES = ((128, 128), (64, 64), (128, 64), (128, 32), (16, 64))
 SIZES = (*(Sizes(*shape, dim) for shape in SHAPES for dim in (64, 128)), Sizes(64, 64, 256))
 KV_HEADS, SHARE, VISITS = 4, 4, 16
 KERNELS: tuple[Kernel, ...] = ("forward", "queries", "keys")
@@ -56,7 +56,7 @@ class Trial:
 
     def __init__(self, sizes: Sizes, device: torch.device, pages: int) -> None:
         by_token = sizes.rows <= 16
-        share = 16 if by_token else SHARE
+        share = 16 if by_token else SHARE if sizes.rows >= 128 else 1  # heads that make up a tile together are one tile
         block_q = 1 if by_token else sizes.rows
         heads, length = KV_HEADS * share, pages * sizes.page_rows
         tiles = length // block_q
@@ -79,7 +79,8 @@ class Trial:
 
     def run(self, kernel: Kernel, candidate: Configuration) -> None:
         table = configurations.measured(torch.cuda.get_device_capability(self.q.device))
-        table[kernel, self.sizes] = candidate
+        sizes = taken_together(kernel, self.sizes)
+        table[kernel, sizes] = candidate
         try:
             if kernel == "forward":
                 attention_forward(
@@ -92,7 +93,7 @@ class Trial:
                     Pages(sums.k[:, :0], sums.v[:, :0]), scale=self.scale, bias=self.bias, d_bias=self.bias,
                 )  # fmt: skip
         finally:
-            del table[kernel, self.sizes]
+            del table[kernel, sizes]
 
 
 def compiles(kernel: Kernel, sizes: Sizes, candidate: Configuration) -> str:
@@ -125,15 +126,20 @@ def best(trial: Trial, kernel: Kernel, found: list[Configuration], rounds: int) 
             if number:
                 times[candidate].append(took)
     medians = {candidate: statistics.median(took) for candidate, took in times.items()}
+    rule = by_rule(kernel, torch.bfloat16, taken_together(kernel, trial.sizes))
     fastest = min(found, key=medians.__getitem__)
-    return fastest, medians[fastest], medians.get(by_rule(kernel, torch.bfloat16, trial.sizes), float("inf"))
+    return fastest, medians[fastest], medians.get(rule, float("inf"))
 
 
-def write(lines: list[dict[str, object]], path: Path, capability: str) -> None:
+def write(lines: list[dict[str, object]], path: Path, capability: str, tried: set[tuple[str, ...]]) -> None:
+    """Keeps the lines of other GPUs and of what was not tried."""
     kept = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [line for line in csv.DictReader(file) if line["capability"] != capability]
+            for line in csv.DictReader(file):
+                what = line["kernel"], line["tile_rows"], line["page_rows"], line["dim"]
+                if line["capability"] != capability or what not in tried:
+                    kept.append(line)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -160,7 +166,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     cases = [*product(KERNELS, arguments.sizes)]
-    tasks = [(kernel, sizes, found) for kernel, sizes in cases for found in candidates(kernel, sizes)]
+    tasks = [
+        (kernel, sizes, found) for kernel, sizes in cases for found in candidates(kernel, taken_together(kernel, sizes))
+    ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 14), mp_context=spawn) as pool:
         reasons = list(pool.map(compiles, *zip(*tasks, strict=True)))
@@ -178,10 +186,18 @@ def main() -> None:
             fastest, took, rule = best(trial, kernel, runs, arguments.rounds)
             print(kernel, *sizes, fastest, f"{1e6 * took:.0f} us, by rule {1e6 * rule:.0f} us", flush=True)
             if took < WORTH * rule:
-                line = (f"{major}.{minor}", kernel, *sizes, *fastest, round(1e6 * took), round(1e6 * rule))
+                line = (
+                    f"{major}.{minor}",
+                    kernel,
+                    *taken_together(kernel, sizes),
+                    *fastest,
+                    round(1e6 * took),
+                    round(1e6 * rule),
+                )
                 lines.append(dict(zip(COLUMNS, line, strict=True)))
-                configurations.measured((major, minor))[kernel, sizes] = fastest
-    write(lines, arguments.csv, f"{major}.{minor}")
+                configurations.measured((major, minor))[kernel, taken_together(kernel, sizes)] = fastest
+    tried = {(kernel, *map(str, taken_together(kernel, sizes))) for kernel, sizes in cases}
+    write(lines, arguments.csv, f"{major}.{minor}", tried)
 
 
 if __name__ == "__main__":

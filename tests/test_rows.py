@@ -71,6 +71,19 @@ def test_partial_results_merge(kernels: types.ModuleType) -> None:
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_gates(number: int, kernels: types.ModuleType) -> None:
+    parts = [random(2, 9, 3, 20, seed=seed).requires_grad_() for seed in range(number)]
+    gates, grad = random(2, 9, 3, number, seed=7).requires_grad_(), random(2, 9, 3, 20, seed=8)
+    expected = sum(gates[..., i, None].sigmoid() * part for i, part in enumerate(parts))
+    wanted = torch.autograd.grad(expected, [*parts, gates], grad)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.gate(parts, gates), expected)
+        d_parts, d_gates = kernels.gate_backward(grad, parts, gates)
+    for x, y in zip([*d_parts, d_gates], wanted, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize(("rows", "chunk"), [(40, 8), (45, 8), (300, 128), (5, 9)])
 @pytest.mark.parametrize("leave", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -33,6 +33,8 @@ CASES = {
     "whole pages": Case(24, 1, 4, 4, 2, (0, 0, 1, 1), 4, False),
     "tiles of tokens, a table for all": Case(90, 16, 16, 4, 1, (0, 0, 0, 0), 4, True),
     "guests, a bias and a batch": Case(90, 16, 16, 4, 2, (0, 0, 1, 1), 4, True, True),
+    "several pages at a time": Case(100, 12, 32, 3, 1, (0, 0, 0), 3, True, True),
+    "several whole pages at a time": Case(96, 12, 32, 4, 2, (0, 0, 1, 1), 3, False),
     "full shapes": Case(600, 1, 64, 32, 2, (0,) * 16 + (1,) * 16, 6, True),
     "a table a head": Case(60, 8, 12, 3, 3, (0, 1, 2), 2, False),
 }
