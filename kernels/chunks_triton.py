@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Elements of the largest scratch tensor.
 _SCRATCH = 1 << 27
+# Columns at a time and warps, with 64 rows of float32 or 128 rows of 16 bits.
+_COLUMNS_WIDE, _WARPS_WIDE, _COLUMNS, _WARPS = 32, 4, 128, 4
 # Chunks whose best score is looked at first.
 _GROUP = 32
 # Chunks that a program holds in registers; of more it reads the scores again and again.
@@ -259,7 +261,7 @@ def choose_chunks(
     wide = rows.dtype == torch.float32
     dim_2, share_2 = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(by.share)
     tokens = max(1, (64 if wide else 128) // share_2)
-    block = 64 if wide or dim_2 > 128 else 128
+    block, warps = (_COLUMNS_WIDE, _WARPS_WIDE) if wide else (_COLUMNS, _WARPS)
     step = max(tokens, min(_SCRATCH // max(tables * columns, 1), count) // tokens * tokens)
     scores = torch.empty((tables, step, columns), dtype=torch.float32, device=rows.device)
     there = scores if bias is None else bias.float()  # any pointer will do where none is read
@@ -272,7 +274,7 @@ def choose_chunks(
                 rows[b, first:], keys[b], there, until[first:], scores, size, columns, splits, scale,
                 *rows.stride()[1:3], *keys.stride()[1:3], *there.stride()[:2], *scores.stride()[:2],
                 SHARE=by.share, SHARE_2=share_2, GROUP=heads // kv_heads, TOKENS=tokens, COLUMNS=block, DIM=dim,
-                DIM_2=dim_2, MASS=by.mass, BIAS=bias is not None, PRECISION="tf32x3", num_warps=4 if wide else 8,
+                DIM_2=dim_2, MASS=by.mass, BIAS=bias is not None, PRECISION="tf32x3", num_warps=warps,
                 num_stages=2,
             )  # fmt: skip
             width = max(min(triton.next_power_of_2(chunks), _WIDEST), _GROUP)

@@ -43,7 +43,7 @@ def candidates(kernel: Kernel, sizes: Sizes) -> Iterator[Configuration]:
     """The rule first."""
     rule = by_rule(kernel, torch.bfloat16, sizes)
     yield rule
-    rows = [n for n in (32, 64) if n <= sizes.rows] if kernel == "keys" and sizes.rows > 16 else [sizes.rows]
+    rows = [n for n in (32, 64, 128) if n <= sizes.rows] if kernel == "keys" and sizes.rows > 16 else [sizes.rows]
     for found in map(Configuration._make, product((32, 64, 128), rows, (4, 8), (1, 2, 3))):
         held = found.columns * sizes.dim * (4 if kernel == "keys" else 2) * found.stages
         small = found.columns * found.rows <= 16 * 1024 and held <= 96 * 1024
@@ -63,7 +63,9 @@ class Trial:
         generator = torch.Generator(device=device).manual_seed(0)
         chosen = torch.rand(KV_HEADS, tiles, pages, generator=generator, device=device).topk(VISITS).indices.int()
         tables = tuple(h // share for h in range(heads))
-        self.table = SelectedTable(block_q, sizes.page_rows, tiles, pages, 0, tables, chosen)
+        # Pages of 32 rows are those of summaries, of which only some rows are visited.
+        masks = None if sizes.page_rows > 32 else torch.full_like(chosen, -1)[..., None, None]
+        self.table = SelectedTable(block_q, sizes.page_rows, tiles, pages, 0, tables, chosen, masks)
 
         def random(number: int) -> torch.Tensor:
             shape = (1, length, number, sizes.dim)
