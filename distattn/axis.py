@@ -65,6 +65,18 @@ class Axis:
             out[_contains(self.skip, out)] = -1
         return out
 
+    def starts(self, blocks: Ints) -> tuple[Ints, int]:
+        """Where blocks begin, and where the axis ends: positions, or places among the gathered ones."""
+        if self.first is not None:
+            return self.first[blocks], self.length
+        return blocks * self.block, len(self._gathered)
+
+    def places(self, positions: Ints) -> Ints:
+        """Of each position how many of the axis are before it: itself, up to the end, or of the gathered ones."""
+        if self.first is not None:
+            return np.minimum(positions, self.length)
+        return np.searchsorted(self._gathered, positions)
+
     def irregular(self) -> NDArray[np.bool_]:
         """bool [blocks]: blocks that are not a whole run of ``block`` positions."""
         out = np.zeros(self.blocks, np.bool_)
@@ -77,6 +89,8 @@ class Axis:
                 out[block_of[inside]] = True
         elif self.blocks:
             out[-1] = len(self._gathered) % self.block > 0
+            if self.skip.size:
+                out[np.flatnonzero(_contains(self.skip, self._gathered)) // self.block] = True
         return out
 
     def bounds(self, pattern: Pattern, grain: int) -> tuple[Spans, Spans]:

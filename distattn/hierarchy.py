@@ -19,7 +19,7 @@ from distattn.kernels.table import TileTable
 from distattn.layout import Layout
 from distattn.levels import Level, OnDevices, packed
 from distattn.messages import Ownership, Transfer, to_everyone
-from distattn.patterns import Causal, GlobalKeys
+from distattn.patterns import Causal
 from distattn.segment_patterns import Chunked
 from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
@@ -96,15 +96,16 @@ class Hierarchy(OnDevices):
             return Causal() if self.causal else Dense()
         reach = self.window[1] if number == 0 else self.spec.summaries[number - 1].reach
         assert reach is not None
-        pattern: Pattern = ~Chunked(level.chunk, reach - 1, 0 if self.causal else reach - 1)
+        # Causal ones are intervals, which is what makes planning quick.
+        count = max(level.count, reach)
+        pattern: Pattern = (
+            Chunked(level.chunk, count, -reach) if self.causal else ~Chunked(level.chunk, *[reach - 1] * 2)
+        )
         further = self.spec.summaries[number].reach
         if further is not None:
             coarser = self.levels[number + 1].chunk
             pattern = Chunked(coarser, further - 1, 0 if self.causal else further - 1) & pattern
-        empty = level.start[level.size == 0]
-        if len(empty):
-            pattern = pattern & ~GlobalKeys(empty.tolist())
-        return Causal() & pattern if self.causal else pattern
+        return pattern
 
     def _places(self, level: Level) -> Ints:
         """What stands for a summary in patterns: with gates its last position, so that causality is enough."""
@@ -117,7 +118,8 @@ class Hierarchy(OnDevices):
         queries = Axis.grid(self.length, self.blocks[0])
         parts = []
         for number, level in enumerate(self.levels):
-            keys = Axis(self.length, self.blocks[1], gathered=self._places(level))
+            places = self._places(level)
+            keys = Axis(self.length, self.blocks[1], gathered=places, skip=places[level.size == 0])
             visits = visit(self.visible(number), queries, keys).rows(tiles)
             parts.append((visits, Extents.of(np.arange(keys.blocks), level.first_row // self.blocks[1])))
         return assemble([parts], [0] * self.heads, len(tiles), self.blocks, self.rows // self.blocks[1], 0)

@@ -20,9 +20,22 @@ Int32s = NDArray[np.int32]
 
 def make_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> tuple[Masks, Ints]:
     """(the distinct masks of tiles (row[i], page[i]); int64 [n], the mask of each tile)."""
-    intervals = _row_intervals(pattern, queries, keys, row, page)
+    intervals = None if keys.skip.size else _row_intervals(pattern, queries, keys, row, page)
     data = _bit_masks(pattern, queries, keys, row, page) if intervals is None else intervals
     return Masks(keys.block, data).distinct()
+
+
+def interval_labels(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> Ints | None:
+    """Labels of tiles (row[i], page[i]) as those of ``Pattern.labels``, by the keys that their rows attend to.
+
+    What the keys leave out is not looked at. None where a row may attend to anything but one interval."""
+    intervals = _row_intervals(pattern, queries, keys, row, page)
+    if intervals is None:
+        return None
+    masks, same = Masks(keys.block, intervals).distinct()
+    label = np.arange(2, len(masks) + 2)
+    label[masks.nothing()], label[masks.everything()] = 0, 1
+    return label[same]
 
 
 def _bit_masks(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page: Ints) -> NDArray[np.uint32]:
@@ -44,7 +57,7 @@ def _row_intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page:
     """int16 [n, 2, block_q]: the columns [start, stop) of each page that its tile's rows attend to.
 
     None where a row may attend to anything but one interval."""
-    if queries.first is None or keys.first is None or queries.skip.size or keys.skip.size:
+    if queries.first is None or queries.skip.size:
         return None
     if keys.block >= 1 << 15 or keys.length >= 1 << 31:
         # Beyond the small integers that make this quick.
@@ -52,12 +65,13 @@ def _row_intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page:
     # Many masks share a query tile: its rows are looked up once.
     tiles, tile = renumber(row)
     first = queries.first[tiles]
-    k0 = keys.first[page].astype(np.int32)
-    width = np.minimum(keys.block, keys.length - k0).astype(np.int32)
+    begins, length = keys.starts(page)
+    k0 = begins.astype(np.int32)
+    width = np.minimum(keys.block, length - k0).astype(np.int32)
     breaks = pattern.row_breaks(queries.length)
     if breaks is not None:
-        return _by_runs(pattern, queries, breaks, first, tile, k0, width)
-    ends = _ends(pattern, (first[:, None] + np.arange(queries.block)).ravel(), queries.length)
+        return _by_runs(pattern, queries, keys, breaks, first, tile, k0, width)
+    ends = _ends(pattern, (first[:, None] + np.arange(queries.block)).ravel(), keys)
     if ends is None:
         return None
     low, high = (end.reshape(len(tiles), queries.block) for end in ends)
@@ -69,7 +83,7 @@ def _row_intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page:
 
 
 def _by_runs(
-    pattern: Pattern, queries: Axis, breaks: Ints, first: Ints, tile: Ints, k0: Int32s, width: Int32s
+    pattern: Pattern, queries: Axis, keys: Axis, breaks: Ints, first: Ints, tile: Ints, k0: Int32s, width: Int32s
 ) -> NDArray[np.int16]:
     """As :func:`_row_intervals`: rows between breaks attend to the same keys, and are handled together.
 
@@ -84,7 +98,7 @@ def _by_runs(
     at[begins_tile], at[~begins_tile] = first, breaks[concat_ranges(begin, count)]
     length = np.diff(at, append=0)
     length[ptr[1:] - 1] = first + queries.block - at[ptr[1:] - 1]
-    ends = _ends(pattern, at, queries.length)
+    ends = _ends(pattern, at, keys)
     assert ends is not None, "a pattern with row_breaks has row_interval"
     run, mask = concat_ranges(ptr[tile], count[tile] + 1), np.repeat(np.arange(len(tile)), count[tile] + 1)
     out = np.empty((len(tile), 2, queries.block), np.int16)
@@ -93,12 +107,12 @@ def _by_runs(
     return out
 
 
-def _ends(pattern: Pattern, q: Ints, length: int) -> tuple[Int32s, Int32s] | None:
-    """Which keys below ``length`` each query position attends to, if that is one interval."""
+def _ends(pattern: Pattern, q: Ints, keys: Axis) -> tuple[Int32s, Int32s] | None:
+    """Which places along an axis each query position attends to, if that is one interval."""
     ends = pattern.row_interval(q)
     if ends is None:
         return None
-    low, high = (np.minimum(end, length).astype(np.int32) for end in ends)
+    low, high = (keys.places(end).astype(np.int32) for end in ends)
     return low, high
 
 

@@ -22,8 +22,8 @@ class Chunked(IntervalPattern):
     """`q // size == k // size`: attention inside chunks of `size` positions.
 
     With `before` and `after`, also to that many whole chunks on either side:
-    `q // size - before <= k // size <= q // size + after`.
-    Raises ValueError if size < 1 or if before or after is negative.
+    `q // size - before <= k // size <= q // size + after`. A negative `after` leaves out the own chunk and as many less
+    one before it. Raises ValueError if size < 1, before < 0 or after < -before.
     """
 
     size: int
@@ -33,7 +33,7 @@ class Chunked(IntervalPattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", as_int("size", self.size, 1))
         object.__setattr__(self, "before", as_int("before", self.before, 0))
-        object.__setattr__(self, "after", as_int("after", self.after, 0))
+        object.__setattr__(self, "after", as_int("after", self.after, -self.before))
 
     def allows(self, q: ArrayLike, k: ArrayLike) -> Bools:
         q, k = as_positions(q, k)

@@ -17,7 +17,7 @@ from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.kernels.masks import Masks
 from distattn.kernels.table import TileTable
-from distattn.masks import make_masks
+from distattn.masks import interval_labels, make_masks
 from distattn.patterns import Pattern
 from distattn.spans import Ints, Spans
 
@@ -82,8 +82,11 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
     if queries.first is not None and keys.first is not None:
         label = pattern.labels(queries.first[row], keys.first[page], queries.block, keys.block)
     else:
-        # Among gathered positions a pattern has no labels: tiles are alike where all is allowed, and else their own.
-        label = np.where(_inside(covered, row, page), 1, np.arange(2, len(row) + 2))
+        # Among gathered positions a pattern has no labels. Tiles are told apart by what their rows attend to, or else
+        # they are alike where all is allowed, and have masks of their own.
+        found = interval_labels(pattern, queries, keys, row, page)
+        own = np.where(_inside(covered, row, page), 1, np.arange(2, len(row) + 2))
+        label = own if found is None else found
     kept = label != 0
     if not kept.all():
         row, page, label = row[kept], page[kept], label[kept]
