@@ -12,7 +12,7 @@ from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.plan import Plan
 from distattn.selection import choose, chosen_table, summary_table, wanted_chunks
-from distattn.summaries import buffer_of, make_summaries
+from distattn.summaries import buffer_of, make_summaries, pool_own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -130,7 +130,7 @@ def select(
         raise ConfigError(why)
     operators.agree(plan, q.shape[0], q.dtype)
     with torch.no_grad():
-        levels = make_summaries(k, v, plan, extras)
+        levels = make_summaries(pool_own(k, v, plan, extras), plan, extras)
         scale = plan.head_dim**-0.5 if scale is None else scale
         return Selection(plan, choose(q, k, levels, plan, extras, scale))
 
@@ -162,29 +162,31 @@ def _hierarchical(
     assert hierarchy is not None
     if not torch.compiler.is_compiling():
         operators.agree(plan, q.shape[0], q.dtype)
-    levels = make_summaries(k, v, plan, extras)
-    summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
-    guests: tuple[Tensor, ...] = ()
-    of_summaries: tuple[Tensor | None, ...] = ()
-    of_chosen: tuple[Tensor | None, ...] = ()
-    if spec.select is not None:
-        if selection is None:
-            selection = Selection(plan, choose(q, k, levels, plan, extras, scale))
-        chosen = selection.chunks
-        with torch.no_grad():
-            wanted = wanted_chunks(chosen, hierarchy)
-        guest_k, guest_v, slots, _ = torch.ops.distattn.fetch_pages(k, v, wanted, plan.name)
-        with torch.no_grad():
-            guests, of_chosen = (guest_k, guest_v), chosen_table(chosen, slots, plan)
-            if levels and spec.merge == "softmax":
-                of_summaries = summary_table(chosen, plan)
-    if spec.merge == "softmax":
-        return *_run(q, k, v, plan, scale, summaries, guests, of_summaries, of_chosen)[:2], selection
-    parts = [_run(q, k, v, plan, scale)]
-    if summaries:
-        parts.append(_run(q, k, v, plan, scale, summaries, tokens=False))
-    if guests:
-        parts.append(_run(q, k, v, plan, scale, guests=guests, chosen_table=of_chosen, tokens=False))
+    pooled = pool_own(k, v, plan, extras)
+    with operators.begun(plan, pooled, q, k, v, scale, more=spec.merge == "softmax"):
+        levels = make_summaries(pooled, plan, extras)
+        summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
+        guests: tuple[Tensor, ...] = ()
+        of_summaries: tuple[Tensor | None, ...] = ()
+        of_chosen: tuple[Tensor | None, ...] = ()
+        if spec.select is not None:
+            if selection is None:
+                selection = Selection(plan, choose(q, k, levels, plan, extras, scale))
+            chosen = selection.chunks
+            with torch.no_grad():
+                wanted = wanted_chunks(chosen, hierarchy)
+            guest_k, guest_v, slots, _ = torch.ops.distattn.fetch_pages(k, v, wanted, plan.name)
+            with torch.no_grad():
+                guests, of_chosen = (guest_k, guest_v), chosen_table(chosen, slots, plan)
+                if levels and spec.merge == "softmax":
+                    of_summaries = summary_table(chosen, plan)
+        if spec.merge == "softmax":
+            return *_run(q, k, v, plan, scale, summaries, guests, of_summaries, of_chosen)[:2], selection
+        parts = [_run(q, k, v, plan, scale)]
+        if summaries:
+            parts.append(_run(q, k, v, plan, scale, summaries, tokens=False))
+        if guests:
+            parts.append(_run(q, k, v, plan, scale, guests=guests, chosen_table=of_chosen, tokens=False))
     out: Tensor = torch.ops.distattn.gate([part[0] for part in parts], extras.gates)
     return out, parts[0][1], selection
 

@@ -411,6 +411,12 @@ class Hierarchy(OnDevices):
             for r in range(world)
         ]
 
+    def pairs(self, unit: int) -> Ints:
+        """int64 [units]: (query, summary) and (query, chosen token) pairs of all heads, by unit of so many queries."""
+        first, size, summaries, chosen = self._visited()
+        by_unit = np.bincount(first // unit, (summaries + chosen) * size, -(-self.length // unit))
+        return by_unit.astype(np.int64) * self.heads
+
     def _visited(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Runs of queries that visit alike: (first, how many, summaries, tokens of chosen chunks), of each query."""
         chunk, reach = self.window

@@ -6,12 +6,14 @@ that were chosen by the data to the rank that chose them; their gradients go hom
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distattn.exchange import Agreement, Counter, Exchange, fetch, give_back
+from distattn.exchange import Agreement, Counter, Exchange, Pending, fetch, give_back
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype
 from distattn.kernels.rows import add_rows, gate, gate_backward
 from distattn.kernels.selected import AnyTable, SelectedTable
@@ -39,6 +41,40 @@ def refuse(plan: Plan, why: str) -> None:
         _agreement.refuse(plan.group_name, why)
 
 
+# What was begun before its operator is called, by plan, by what it is, and by the place of its tensors.
+_begun: dict[tuple[str, str, tuple[int, ...]], Any] = {}
+
+
+def _names(plan: Plan, what: str, x: list[Tensor]) -> tuple[str, str, tuple[int, ...]]:
+    return plan.name, what, tuple(y.data_ptr() for y in x)
+
+
+@contextmanager
+def begun(
+    plan: Plan, pooled: list[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool
+) -> Iterator[None]:
+    """Sends summaries on their way and attends the plan's pattern meanwhile, before either operator is called.
+
+    Inside, ``gather_rows`` of ``pooled`` waits for what is on its way, and ``attend`` of q, k and v goes on from there;
+    ``more``: with sources beside the pattern.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    names = []
+    with torch.no_grad():
+        if pooled and plan.world_size > 1:
+            names.append(_names(plan, "summaries", pooled))
+            _begun[names[-1]] = _bring(pooled, plan.name, "summaries")
+        names.append(_names(plan, "tokens", [q, k, v]))
+        _begun[names[-1]] = Pass(plan, sent).begin(q, k, v, scale, more)
+    try:
+        yield
+    finally:
+        for name in names:  # of those whose operator was not called
+            _begun.pop(name, None)
+
+
 # Defined piece by piece: torch.library.custom_op would import the compiler, which takes seconds, at the first call.
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? summary_k, Tensor? summary_v, Tensor? summary_bias, Tensor? guest_k, "
@@ -64,8 +100,12 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, guests, guest queries); see :class:`Pass`."""
     *inputs, tokens, name, scale = arguments
     plan, (q, k, v) = plans[name], inputs[:3]
+    begun = _begun.pop(_names(plan, "tokens", [q, k, v]), None) if tokens else None
+    run = Pass(plan, sent, tokens, _sources(plan, inputs, None))
+    if begun is not None:
+        return run.finish(begun, q, k, v, scale)
     agree(plan, q.shape[0], q.dtype)
-    return Pass(plan, sent, tokens, _sources(plan, inputs, None)).forward(q, k, v, scale)
+    return run.forward(q, k, v, scale)
 
 
 @torch.library.register_fake("distattn::attend")
@@ -233,10 +273,15 @@ def _transfer(plan: str, what: str) -> tuple[Plan, Transfer, int]:
 @torch.library.impl("distattn::gather_rows", "default")
 def _gather_rows(x: list[Tensor], plan: str, what: str) -> list[Tensor]:
     """Tensors [batch, rows of this rank, heads, dim] of one dtype, of all ranks: [batch, rows, heads, dim]."""
+    found, pending = _begun.pop(_names(plans[plan], what, x), None) or _bring(x, plan, what)
+    pending.wait()
+    return found
+
+
+def _bring(x: list[Tensor], plan: str, what: str) -> tuple[list[Tensor], Pending]:
     p, transfer, rows = _transfer(plan, what)
     found = [y.new_empty((y.shape[0], rows, *y.shape[2:])) for y in x]
-    Exchange(p.group_name, p.rank, sent).bring(transfer, x, found).wait()
-    return found
+    return found, Exchange(p.group_name, p.rank, sent).bring(transfer, x, found)
 
 
 @torch.library.register_fake("distattn::gather_rows")

@@ -43,6 +43,19 @@ class Source(NamedTuple):
     d_bias: Biases | None = None
 
 
+class Begun(NamedTuple):
+    """A forward pass in which the plan's pattern has been attended, and nothing else yet.
+
+    out, lse: so far. kept: the guests. guest_q: guest queries, which are there after ``queries_here.wait()``.
+    """
+
+    out: Tensor
+    lse: Tensor
+    kept: Tensor
+    guest_q: Tensor
+    queries_here: Pending
+
+
 class Pass:
     """One forward or backward pass over a plan.
 
@@ -59,8 +72,12 @@ class Pass:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(out, lse, guests, guest queries): the last two are what a direct plan's backward pass reads again."""
+        return self.finish(self.begin(q, k, v, scale, bool(self.sources)), q, k, v, scale)
+
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> Begun:
+        """The plan's pattern; ``more``: sources follow, which need not be known yet."""
         dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
-        several = len(stages) != 1 or bool(self.sources)
+        several = len(stages) != 1 or more
         slots = self._slots(k, v)
         pending = self._bring(stages[0], own, slots[0]) if stages else Pending()
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
@@ -84,12 +101,20 @@ class Pass:
             run(stage.alone)
             arrived.wait()
             run(stage.with_guests)
+        kept = slots[0].flat if len(stages) == 1 else q.new_empty(0)
+        return Begun(out, lse, kept, guest_q, queries_here)
+
+    def finish(
+        self, begun: Begun, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`forward` returns, from what was begun with the same tensors."""
+        out, lse, kept, guest_q, queries_here = begun
         if self.sources:
             self._attend_sources(q, out, lse, scale)
-        if queries is not None:
+        if self.queries is not None:
             queries_here.wait()
-            self._attend_guest_queries(queries, guest_q, own, out, lse, scale)
-        return out.to(q.dtype), lse, slots[0].flat if len(stages) == 1 else q.new_empty(0), guest_q
+            self._attend_guest_queries(self.queries, guest_q, Pages(k, v), out, lse, scale)
+        return out.to(q.dtype), lse, kept, guest_q
 
     def _attend_sources(self, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
         """Goes on with what is attended beside the pattern; global queries have seen everything."""

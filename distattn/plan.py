@@ -313,7 +313,7 @@ def _plan(
     world_size, blocks = n["world_size"], (n["block_q"], n["block_k"])
     outline = make_outline(spec.tokens.by_head(n["heads"]), n["seq_len"], blocks, world_size)
     if not isinstance(layout, Layout):
-        layout = _choose_layout(layout, outline, n, _unit(spec, *blocks))
+        layout = _choose_layout(layout, spec, outline, n)
     if schedule == "auto":
         owned = np.maximum(count_rows(owned_pages(layout, blocks[1])), 1)
         most = max(
@@ -355,11 +355,20 @@ def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
     return unit if spec.correction is None else math.lcm(unit, spec.correction.every)
 
 
-def _choose_layout(name: str, outline: Outline, n: dict[str, Any], unit: int) -> Layout:
-    per_unit = unit // n["block_q"]
+def _choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any]) -> Layout:
+    blocks = n["block_q"], n["block_k"]
+    unit = _unit(spec, *blocks)
+    per_unit = unit // blocks[0]
     padded = np.zeros(-(-len(outline.tiles) // per_unit) * per_unit, np.int64)
     padded[: len(outline.tiles)] = outline.tiles
     work = padded.reshape(-1, per_unit).sum(axis=1)
+
+    def levels(layout: Layout) -> Hierarchy | None:
+        return None if spec.is_static else Hierarchy(spec, layout, n["heads"], n["kv_heads"], blocks, 0)
+
+    whole = levels(make_layout("contiguous", n["seq_len"], 1, unit))
+    if whole is not None:
+        work = work + whole.pairs(unit) // (blocks[0] * blocks[1])
     if name != "auto":
         return make_layout(name, n["seq_len"], n["world_size"], unit, work)
     if n["world_size"] == 1:
@@ -368,7 +377,12 @@ def _choose_layout(name: str, outline: Outline, n: dict[str, Any], unit: int) ->
     best: tuple[float, Layout] | None = None
     for candidate in LAYOUTS:
         layout = make_layout(candidate, n["seq_len"], n["world_size"], unit, work)
-        time = max(step_time(Machine.h100(), part).total for part in rank_work(outline, layout, *sizes, itemsize=2))
+        parts = rank_work(outline, layout, *sizes, itemsize=2)
+        hierarchy = levels(layout)
+        if hierarchy is not None:
+            more = hierarchy.work(2, n["head_dim"], n["value_dim"])
+            parts = [a.plus(b) for a, b in zip(parts, more, strict=True)]
+        time = max(step_time(Machine.h100(), part).total for part in parts)
         # Layouts come in the order of preference: a later one must be better, not equal.
         if best is None or time < best[0] * 0.99:
             best = (time, layout)

@@ -33,18 +33,27 @@ def _hierarchy(plan: Plan) -> Hierarchy:
     return plan.hierarchy
 
 
-def make_summaries(k: Tensor, v: Tensor, plan: Plan, extras: AttentionExtras) -> list[Pooled]:
-    """All levels, on every rank, from this rank's k and v. Differentiable."""
+def pool_own(k: Tensor, v: Tensor, plan: Plan, extras: AttentionExtras) -> list[Tensor]:
+    """Keys and values of the level-1 summaries of this rank's chunks, [batch, n, kv_heads, dim]; [] without levels.
+    Differentiable."""
+    levels = _hierarchy(plan).levels
+    if not levels:
+        return []
+    pool = extras.pool[0] if extras.pool else None
+    return list(_pool_tokens(k if extras.pool_keys is None else extras.pool_keys, v, plan, levels[0], pool))
+
+
+def make_summaries(pooled: list[Tensor], plan: Plan, extras: AttentionExtras) -> list[Pooled]:
+    """All levels, on every rank, from what :func:`pool_own` made on each. Differentiable."""
     hierarchy = _hierarchy(plan)
     found: list[Pooled] = []
     members: tuple[Tensor, Tensor] | None = None
     for number, level in enumerate(hierarchy.levels):
         pool = extras.pool[number] if number < len(extras.pool) else None
         if members is None:
-            keys, values = _pool_tokens(k if extras.pool_keys is None else extras.pool_keys, v, plan, level, pool)
-            keys, values = torch.ops.distattn.gather_rows([keys, values], plan.name, "summaries")
+            keys, values = torch.ops.distattn.gather_rows(pooled, plan.name, "summaries")
         else:
-            sizes = hierarchy.levels[number - 1].on(k.device, "size").to(members[0].dtype)
+            sizes = hierarchy.levels[number - 1].on(members[0].device, "size").to(members[0].dtype)
             parts = [_by_chunk(x, level.members, level.count) for x in (*members, sizes.view(1, -1, 1, 1))]
             keys, values = _pool(parts[0], parts[1], parts[2][..., 0, 0], pool)
         members = keys, values

@@ -13,6 +13,7 @@ kernel kills it as well when the server is gone, which ends with the parent (PR_
 works even while some extension holds Python's global lock.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -231,7 +232,8 @@ class _Child:
             os.killpg(pid, number)
         except (ProcessLookupError, PermissionError):  # macOS answers the second for a group of zombies
             if self.process.exitcode is None:  # it does not lead its group yet
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # or it has ended, which is not known here yet
+                    os.kill(pid, number)
 
     def close(self) -> None:
         self.signal(signal.SIGKILL)

@@ -30,7 +30,13 @@ from distattn.plan import make_plan
 from distattn.spec import AttentionSpec
 
 ATTEND: Any = sys.modules["distattn.attend"]
-PARTS = {"make_summaries": "summaries", "choose": "choice", "chosen_table": "tables", "summary_table": "tables"}
+PARTS = {
+    "pool_own": "summaries",
+    "make_summaries": "summaries",
+    "choose": "choice",
+    "chosen_table": "tables",
+    "summary_table": "tables",
+}
 
 
 class Case(NamedTuple):

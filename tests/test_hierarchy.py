@@ -13,8 +13,9 @@ from papers import naive_moba, naive_nsa
 from rank_pool import RankPool
 from torch import Tensor
 
-from distattn import presets, reference
+from distattn import passes, presets, reference
 from distattn.attend import Selection, attend, select
+from distattn.exchange import Exchange, Pending
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
 from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
@@ -397,6 +398,45 @@ def test_a_needle_is_found(length: int) -> None:
     found, missed = (one_rank(s, q, k, v, block=128)[:, asking] for s in (spec, AttentionSpec(spec.tokens)))
     assert (found - dense).abs().max() <= 1e-3
     assert (missed - dense).abs().amax(-1).min() > 0.1
+
+
+def log_of(context: Context, spec: str) -> list[str]:
+    """What a rank does, in order, with the journey of summaries and with tiles."""
+    plan = plan_of(Case(spec, 2, "contiguous", "direct", (2, 2), 80, False), context)
+    log: list[str] = []
+    bring, forward = Exchange.bring, passes.attention_forward
+    assert plan.hierarchy is not None
+    gather = plan.hierarchy.gather
+
+    def logged_bring(self: Exchange, transfer: Any, *arguments: Any) -> Pending:
+        pending = bring(self, transfer, *arguments)
+        if transfer is not gather:
+            return pending
+        log.append("sent")
+
+        def wait() -> None:
+            pending.wait()
+            log.append("arrived")
+
+        return Pending(wait)
+
+    def logged_forward(*arguments: Any, **more: Any) -> None:
+        log.append("tiles")
+        forward(*arguments, **more)
+
+    Exchange.bring, passes.attention_forward = logged_bring, logged_forward  # type: ignore[method-assign]
+    try:
+        attend(*(random(1, plan.tokens, 2, dim) for dim in (DIM, DIM, VALUE_DIM)), plan)
+    finally:
+        Exchange.bring, passes.attention_forward = bring, forward  # type: ignore[method-assign]
+    return log
+
+
+@pytest.mark.parametrize("spec", ["two levels", "tokens choose"])
+def test_tiles_are_attended_while_summaries_travel(spec: str, ranks: RankPool) -> None:
+    for log in ranks(2, log_of, spec):
+        assert log[0] == "sent"
+        assert "tiles" in log[1 : log.index("arrived")]
 
 
 REFUSED = {
