@@ -155,7 +155,7 @@ def _sortable(
 
 @triton.jit
 def _how_many(chosen):
-    return tl.sum(tl.sum(chosen.to(tl.int32), 1), 0)
+    return tl.sum(chosen.to(tl.int32))  # over both axes at once: threads add up what is theirs first
 
 
 @triton.jit(do_not_specialize=["chunks", "k", "reach"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much of K and V travels for chosen chunks: of random inputs, of a fresh model, and of one trained on the spot.
 
-    python scripts/selection_bytes.py [--steps 600] [--train-length 16384] [--length 131072] [--csv FILE] [--commit NAME]
+    python scripts/selection_bytes.py [--steps 600] [--train-length 16384] [--length 131072] [--csv FILE]
 
 A small byte-level decoder with a hierarchical spec (a window of 512, two levels, the top 16 chunks of 64) learns Python
 source code, and then reads a part of it that it has not seen. What it chooses does not depend on the number of ranks,
