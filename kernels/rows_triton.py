@@ -173,8 +173,9 @@ def _chunk_means(
     x, left_out, means, counts, rows, chunk, x_b, x_n, x_h, x_d, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_2: tl.constexpr, SOME_LEFT_OUT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, head, batch)."""
-    number, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """Program (chunk and head, batch). Heads of a row lie beside each other, and so do the programs that read them."""
+    number, head, batch = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1).to(tl.int64)
+    head = head.to(tl.int64)
     d = tl.arange(0, DIM_2).to(tl.int64)
     first = number.to(tl.int64) * chunk
     size = tl.minimum(rows - first, chunk)
@@ -189,9 +190,9 @@ def _chunk_means(
         total += tl.sum(tl.load(at, mask=there[:, None] & (d < DIM), other=0.0).to(tl.float32), 0)
         count += there.to(tl.float32)
     kept = tl.sum(count, 0)
-    out = ((batch * tl.num_programs(0) + number) * HEADS + head) * DIM
+    out = (batch * tl.num_programs(0) + tl.program_id(0)) * DIM
     tl.store(means + out + d, total / tl.maximum(kept, 1.0), mask=d < DIM)
-    if (head == 0) & (tl.program_id(2) == 0):
+    if (head == 0) & (batch == 0):
         tl.store(counts + number, kept)
 
 
@@ -202,7 +203,7 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None) -> tuple[Tensor,
     counts = x.new_zeros(chunks, dtype=torch.float32)
     if means.numel():
         dim_2 = triton.next_power_of_2(dim)
-        _chunk_means[(chunks, heads, batch)](
+        _chunk_means[(chunks * heads, batch)](
             x, x if left_out is None else left_out.to(torch.int8), means, counts, rows, chunk, *x.stride(), HEADS=heads,
             DIM=dim, DIM_2=dim_2, SOME_LEFT_OUT=left_out is not None, ROWS=min(64, max(1, 4096 // dim_2)),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The hierarchical pass on one GPU (or CPU): times of its parts, and of dense attention in the same process.
 
-    python scripts/bench_hierarchy.py [--cases NAME ...] [--rounds 5] [--shrink 1] [--csv FILE] [--commit NAME]
+    python scripts/bench_hierarchy.py [--cases NAME ...] [--rounds 5] [--shrink 1] [--forward-only] [--csv FILE] [--commit NAME]
 
 Parts are timed one by one, with a wait between them: summaries (pooling), choice (scores and top-k), tables (of what is
 visited), attention (the tile kernels); "forward" is all of it without such waits, and "backward" its backward pass.
@@ -110,7 +110,9 @@ def extras_of(case: Case, q: Tensor) -> AttentionExtras:
     return AttentionExtras(random(*q.shape[:3], sources), (MlpPool(mlps[0], mlps[0]),))
 
 
-def measure(name: str, case: Case, rounds: int, shrink: int, device: torch.device) -> dict[str, object]:
+def measure(
+    name: str, case: Case, rounds: int, shrink: int, forward_only: bool, device: torch.device
+) -> dict[str, object]:
     length = max(case.length // shrink, 2048)
     generator = torch.Generator(device=device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -153,13 +155,13 @@ def measure(name: str, case: Case, rounds: int, shrink: int, device: torch.devic
             forward()
         row["forward_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    for number in range(rounds + 1):
+    for number in range(0 if forward_only else rounds + 1):
         out = forward()
         took = seconds(lambda out=out: torch.autograd.grad(out, inputs, grad), device)
         if number:
             times.setdefault("backward", []).append(took)
         del out
-    if case.dense:
+    if case.dense and not forward_only:
         for way, took in dense_seconds(q, k, v, grad, rounds, device).items():
             times[way] = took
     row |= {f"{part}_ms": round(1e3 * statistics.median(took), 3) for part, took in times.items()}
@@ -205,6 +207,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES], metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of each case (default 5)")
     parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
+    parser.add_argument("--forward-only", action="store_true", help="neither backward passes nor dense attention")
     parser.add_argument("--csv", type=Path, help="where to write the rows")
     parser.add_argument("--commit", help="what is measured, where git does not tell")
     arguments = parser.parse_args()
@@ -213,7 +216,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, object]] = []
     for name in arguments.cases:
-        rows.append(measure(name, CASES[name], arguments.rounds, arguments.shrink, device) | here(arguments.commit))
+        rows.append(
+            measure(name, CASES[name], arguments.rounds, arguments.shrink, arguments.forward_only, device)
+            | here(arguments.commit)
+        )
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
