@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The hierarchical pass on one GPU (or CPU): times of its parts, and of dense attention in the same process.
 
-    python scripts/bench_hierarchy.py [--cases NAME ...] [--rounds 5] [--shrink 1] [--forward-only] [--csv FILE] [--commit NAME]
+    python scripts/bench_hierarchy.py [--cases NAME ...] [--rounds 5] [--shrink 1] [--forward-only] [--csv FILE]
 
 Parts are timed one by one, with a wait between them: summaries (pooling), choice (scores and top-k), tables (of what is
 visited), attention (the tile kernels); "forward" is all of it without such waits, and "backward" its backward pass.

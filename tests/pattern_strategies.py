@@ -54,6 +54,7 @@ leaves = st.one_of(
     st.builds(RandomBlocks, st.integers(1, 4), positive, small, st.none() | st.integers(1, 60)),
     st.builds(Chunked, positive),
     st.builds(Chunked, positive, st.integers(0, 2), st.integers(0, 2)),
+    st.builds(Chunked, positive, st.integers(2, 4), st.integers(-2, -1)),
     st.builds(Documents, st.lists(small, max_size=10)),
     st.builds(lambda near, width: DistanceBand(near, near + width), st.integers(-9, 12), positive),
     block_tables(),

@@ -86,6 +86,7 @@ DEFINITIONS: list[tuple[Pattern, Callable[[int, int], bool]]] = [
     (GlobalQueries([1, 17]), lambda q, k: q in (1, 17)),
     (GlobalTokens([1, 17]), lambda q, k: q in (1, 17) or k in (1, 17)),
     (Chunked(7), lambda q, k: q // 7 == k // 7),
+    (Chunked(7, 4, -2), lambda q, k: q // 7 - 4 <= k // 7 <= q // 7 - 2),
     (Chunked(7, 1, 2), lambda q, k: q // 7 - 1 <= k // 7 <= q // 7 + 2),
     (Documents([2, 0, 9]), lambda q, k: any(a <= q < b and a <= k < b for a, b in ((0, 2), (2, 11)))),
     (DistanceBand(-1, 4), lambda q, k: -1 <= q - k < 4),
@@ -195,6 +196,7 @@ def test_truth_value_is_refused() -> None:
         (lambda: RandomBlocks(1, 1, 1, 0), "length is 0"),
         (lambda: Chunked(0), "size is 0"),
         (lambda: Chunked(1, -1), "before is -1"),
+        (lambda: Chunked(1, 1, -2), "after is -2"),
         (lambda: Documents([3, -2]), "lengths contains -2"),
         (lambda: Documents([0.5]), "lengths is"),  # type: ignore[list-item]
         (lambda: DistanceBand(3, 3), "far is 3"),

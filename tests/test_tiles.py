@@ -109,6 +109,16 @@ def test_a_table_is_its_pattern_both_ways(pattern: Pattern, blocks: tuple[int, i
     )
 
 
+@given(patterns, st.integers(20, LENGTH), st.integers(1, 5), st.data())
+def test_gathered_keys_and_what_they_leave_out(pattern: Pattern, length: int, step: int, data: st.DataObject) -> None:
+    places = np.arange(0, length, step)
+    skip = np.asarray(sorted(data.draw(st.sets(st.sampled_from(places.tolist()), max_size=4))), np.int64)
+    queries, keys = Axis.grid(length, 8), Axis(length, 8, gathered=places, skip=skip)
+    found = unpack(table_of(visit(pattern, queries, keys), queries, keys))[:length, : len(places)]
+    expected = definition(pattern, np.arange(length), places) & ~np.isin(places, skip)
+    np.testing.assert_array_equal(found, expected)
+
+
 @given(patterns, st.integers(20, LENGTH), st.integers(1, 4))
 def test_what_is_shared_and_what_remains_are_the_pattern(pattern: Pattern, length: int, world_size: int) -> None:
     blocks = (8, 8)
