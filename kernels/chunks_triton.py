@@ -270,12 +270,14 @@ def choose_chunks(
             size = min(step, count - first)
             chunks = by.chunks_until(int(number[first + size - 1]))
             splits = 1 if by.mass else max(1, min(chunks * by.pieces // (4 * block), 16))
+            # Products and sums stay apart, so that a row's numbers are the same in loops with and without masks: which
+            # one it is in depends on the rows beside it.
             _scores[(triton.cdiv(size, tokens) * splits, tables)](
                 rows[b, first:], keys[b], there, until[first:], scores, size, columns, splits, scale,
                 *rows.stride()[1:3], *keys.stride()[1:3], *there.stride()[:2], *scores.stride()[:2],
                 SHARE=by.share, SHARE_2=share_2, GROUP=heads // kv_heads, TOKENS=tokens, COLUMNS=block, DIM=dim,
                 DIM_2=dim_2, MASS=by.mass, BIAS=bias is not None, PRECISION="tf32x3", num_warps=warps,
-                num_stages=2,
+                num_stages=2, enable_fp_fusion=False,
             )  # fmt: skip
             width = max(min(triton.next_power_of_2(chunks), _WIDEST), _GROUP)
             _best[(size, tables)](
