@@ -11,16 +11,14 @@ visited), attention (the tile kernels); "forward" is all of it without such wait
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_kernels import here, positive
+from measuring import add_output, here, positive, write_rows
 from torch import Tensor
 
 import distattn.attend  # noqa: F401  (the module is looked up below: its name is that of its function)
@@ -208,11 +206,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of each case (default 5)")
     parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
     parser.add_argument("--forward-only", action="store_true", help="neither backward passes nor dense attention")
-    parser.add_argument("--csv", type=Path, help="where to write the rows")
-    parser.add_argument("--commit", help="what is measured, where git does not tell")
+    add_output(parser)
     arguments = parser.parse_args()
-    if arguments.csv and not arguments.csv.parent.is_dir():
-        parser.error(f"argument --csv: {arguments.csv.parent} is not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, object]] = []
     for name in arguments.cases:
@@ -224,11 +219,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if arguments.csv:
-            names = list(dict.fromkeys(key for row in rows for key in row))
-            with arguments.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":

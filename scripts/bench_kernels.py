@@ -17,10 +17,7 @@ Without a GPU the same script runs on the CPU, with fewer peers; `--shrink 256` 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from measuring import add_output, here, in_a_folder, positive, write_rows
 from torch import Tensor
 
 from distattn import reference
@@ -324,22 +322,6 @@ def measure(
     return rows
 
 
-def here(commit: str | None) -> dict[str, object]:
-    """Where this was measured: GPU or CPU, versions, commit."""
-    import triton
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    if commit is None:
-        asked = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-    }
-
-
 def plot(rows: list[dict[str, object]], path: Path, device: object) -> None:
     """TFLOP/s by case: forward above, backward below."""
     import matplotlib
@@ -363,25 +345,15 @@ def plot(rows: list[dict[str, object]], path: Path, device: object) -> None:
     figure.savefig(path, dpi=150)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
-    return int(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES], metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--rounds", type=positive, default=10, help="timed rounds of each case (default 10)")
     parser.add_argument("--shrink", type=positive, default=1, help="divide lengths by this (default 1)")
     parser.add_argument("--without", nargs="+", choices=PEERS, default=[], metavar="KERNEL", help=", ".join(PEERS))
-    parser.add_argument("--csv", type=Path, help="where to write the rows")
-    parser.add_argument("--commit", help="what is measured, where git does not tell")
-    parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
+    add_output(parser)
+    parser.add_argument("--plot", type=in_a_folder, help="where to draw them, a PNG")
     arguments = parser.parse_args()
-    for option, path in (("--csv", arguments.csv), ("--plot", arguments.plot)):
-        if path and not path.parent.is_dir():
-            parser.error(f"argument {option}: {path.parent} is not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where, rows = here(arguments.commit), []
     for name in arguments.cases:
@@ -389,10 +361,7 @@ def main() -> None:
         rows += measure(CASES[name], arguments.shrink, arguments.rounds, arguments.without, device)
         torch.cuda.empty_cache()
         if arguments.csv:  # after every case, so that a later failure loses nothing
-            with arguments.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [*rows[0], *where])
-                writer.writeheader()
-                writer.writerows(row | where for row in rows)
+            write_rows(arguments.csv, [row | where for row in rows])
     if arguments.plot:
         plot(rows, arguments.plot, where["device"])
 

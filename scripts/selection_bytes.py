@@ -12,13 +12,11 @@ rank sends with those of a ring that sends all K and V: the mean over ranks, and
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from bench_kernels import here, positive
+from measuring import add_output, here, positive, write_rows
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -129,11 +127,8 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=600, help="of training (default 600)")
     parser.add_argument("--train-length", type=positive, default=16_384, help="bytes of a step (default 16384)")
     parser.add_argument("--length", type=positive, default=131_072, help="bytes that are read then (default 131072)")
-    parser.add_argument("--csv", type=Path, help="where to write the rows")
-    parser.add_argument("--commit", help="what is measured, where git does not tell")
+    add_output(parser)
     arguments = parser.parse_args()
-    if arguments.csv and not arguments.csv.parent.is_dir():
-        parser.error(f"argument --csv: {arguments.csv.parent} is not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, held_out = open_corpus().split(0.1)
     held_out.require(arguments.length + 1)
@@ -157,10 +152,7 @@ def main() -> None:
             choices, bits = chosen_by_model(decoder, held_out, per, arguments.length)
             report(inputs, bits, per, choices)
     if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.csv, rows)
 
 
 if __name__ == "__main__":
