@@ -83,9 +83,11 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
         label = pattern.labels(queries.first[row], keys.first[page], queries.block, keys.block)
     else:
         # Among gathered positions a pattern has no labels. Tiles are told apart by what their rows attend to, or else
-        # they are alike where all is allowed, and have masks of their own.
+        # they are alike where all is allowed, and have masks of their own; so have short query tiles, since masks say
+        # something of rows that do not exist.
         found = interval_labels(pattern, queries, keys, row, page)
-        own = np.where(_inside(covered, row, page), 1, np.arange(2, len(row) + 2))
+        alike = _inside(covered, row, page) & ~queries.irregular()[row]
+        own = np.where(alike, 1, np.arange(2, len(row) + 2))
         label = own if found is None else found
     kept = label != 0
     if not kept.all():

@@ -119,6 +119,14 @@ def test_gathered_keys_and_what_they_leave_out(pattern: Pattern, length: int, st
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_short_tile_of_gathered_keys_shares_no_mask() -> None:
+    """Row 20 does not exist, and what is said of it must not be said of row 4, which has the same place in its tile."""
+    pattern, places = ~GlobalQueries([20]), np.arange(20)
+    queries, keys = Axis.grid(20, 8), Axis(20, 8, gathered=places)
+    found = unpack(table_of(visit(pattern, queries, keys), queries, keys))[:20, :20]
+    np.testing.assert_array_equal(found, definition(pattern, places, places))
+
+
 @given(patterns, st.integers(20, LENGTH), st.integers(1, 4))
 def test_what_is_shared_and_what_remains_are_the_pattern(pattern: Pattern, length: int, world_size: int) -> None:
     blocks = (8, 8)
