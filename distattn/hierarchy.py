@@ -236,8 +236,8 @@ class Hierarchy(OnDevices):
 
     @property
     def chooses_whole_chunks(self) -> bool:
-        """Whether no candidate is short of a token, at the end or for a global key."""
-        return bool((self.chunk_size[self.selectable] == self.chunk).all())
+        """Whether no candidate is short of a token for a global key, and no chunk, candidate or not, at the end."""
+        return self.length % self.chunk == 0 and bool((self.chunk_size[self.selectable] == self.chunk).all())
 
     @property
     def chunk_masks(self) -> NDArray[np.int32]:

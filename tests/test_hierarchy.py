@@ -374,6 +374,14 @@ def test_nsa_is_what_its_paper_says(heads: int, kv_heads: int) -> None:
     assert reference.max_error(out, expected) <= 1e-5
 
 
+def test_the_last_chunk_may_be_short_and_all_global() -> None:
+    """No candidate is short then, but the page that it lies in is."""
+    spec = AttentionSpec(chunk_window(4, 2, global_keys=(72, 73, 74)), TWO, TopChunks(3, 4))
+    q, k, v = random(1, 75, 2, 8), random(1, 75, 1, 8, seed=1), random(1, 75, 1, 8, seed=2)
+    expected = hierarchical(q.double(), k.double(), v.double(), spec, AttentionExtras()).out
+    assert reference.max_error(one_rank(spec, q, k, v), expected) <= 1e-5
+
+
 def test_a_selection_can_be_given_again() -> None:
     spec = SPECS["tokens choose"]
     plan = make_plan(spec, 70, heads=4, kv_heads=2, head_dim=8, block_q=8, block_k=8)
