@@ -11,7 +11,7 @@ from distattn import operators
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.plan import Plan
-from distattn.selection import choose, chosen_table, summary_table, wanted_chunks
+from distattn.selection import choose, summary_table
 from distattn.summaries import buffer_of, make_summaries, pool_own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,7 +108,7 @@ def attend(
         raise ConfigError(why)
     scale = plan.head_dim**-0.5 if scale is None else scale
     if plan.spec.is_static:
-        out, lse, _, _ = _run(q, k, v, plan, scale)
+        out, lse = _run(q, k, v, plan, scale)
     else:
         out, lse, selection = _hierarchical(q, k, v, plan, scale, extras, selection)
     if plan.correction is not None:
@@ -142,17 +142,14 @@ def _run(
     plan: Plan,
     scale: float,
     summaries: tuple[Tensor | None, ...] = (),
-    guests: tuple[Tensor, ...] = (),
-    summary_table: tuple[Tensor | None, ...] = (),
-    chosen_table: tuple[Tensor | None, ...] = (),
+    summary_table: tuple[Tensor, ...] = (),
+    chosen: Tensor | None = None,
     tokens: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tables = *(summary_table or (None, None)), *(chosen_table or (None, None))
-    sources = *(summaries or (None,) * 3), *(guests or (None,) * 2)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.distattn.attend(
-        q, k, v, *sources, *tables, tokens, plan.name, scale
-    )
-    return result
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of what is given, and of the plan's pattern if ``tokens``."""
+    more = *(summaries or (None,) * 3), *(summary_table or (None,) * 2), chosen
+    out, lse, *_ = torch.ops.distattn.attend(q, k, v, *more, tokens, plan.name, scale)
+    return out, lse
 
 
 def _hierarchical(
@@ -166,27 +163,22 @@ def _hierarchical(
     with operators.begun(plan, pooled, q, k, v, scale, more=spec.merge == "softmax"):
         levels = make_summaries(pooled, plan, extras)
         summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
-        guests: tuple[Tensor, ...] = ()
-        of_summaries: tuple[Tensor | None, ...] = ()
-        of_chosen: tuple[Tensor | None, ...] = ()
+        table: tuple[Tensor, ...] = ()
+        chosen: Tensor | None = None
         if spec.select is not None:
             if selection is None:
                 selection = Selection(plan, choose(q, k, levels, plan, extras, scale))
             chosen = selection.chunks
-            with torch.no_grad():
-                wanted = wanted_chunks(chosen, hierarchy)
-            guest_k, guest_v, slots, _ = torch.ops.distattn.fetch_pages(k, v, wanted, plan.name)
-            with torch.no_grad():
-                guests, of_chosen = (guest_k, guest_v), chosen_table(chosen, slots, plan)
-                if levels and spec.merge == "softmax":
-                    of_summaries = summary_table(chosen, plan)
+            if levels and spec.merge == "softmax":
+                with torch.no_grad():
+                    table = summary_table(chosen, plan)
         if spec.merge == "softmax":
-            return *_run(q, k, v, plan, scale, summaries, guests, of_summaries, of_chosen)[:2], selection
+            return *_run(q, k, v, plan, scale, summaries, table, chosen), selection
         parts = [_run(q, k, v, plan, scale)]
         if summaries:
             parts.append(_run(q, k, v, plan, scale, summaries, tokens=False))
-        if guests:
-            parts.append(_run(q, k, v, plan, scale, guests=guests, chosen_table=of_chosen, tokens=False))
+        if chosen is not None:
+            parts.append(_run(q, k, v, plan, scale, chosen=chosen, tokens=False))
     out: Tensor = torch.ops.distattn.gate([part[0] for part in parts], extras.gates)
     return out, parts[0][1], selection
 

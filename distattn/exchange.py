@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.errors import PeerLost, PlanMismatch
 from distattn.kernels.rows import pack_rows, split_rows, unpack_rows
-from distattn.messages import Message, Ownership, Transfer
+from distattn.messages import Message, Transfer
 
 # PyTorch 2.13 renamed it, and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -82,7 +80,14 @@ class Exchange:
                 unpack_rows(targets, _mine(transfer.receives, self.rank).places, pack_rows(sources, message.places))
         sends = _by_peer(transfer.sends, self.rank, lambda m: pack_rows(sources, m.places))
         sizes = _sizes(transfer.receives, self.rank, targets)
-        return self._send(transfer.kind, sends, sizes, targets[0], lambda got: self._place(transfer, targets, got))
+        return self.send(
+            transfer.kind,
+            sends,
+            sizes,
+            targets[0],
+            lambda got: self._place(transfer, targets, got),
+            pairs=transfer.kind == "neighbours",
+        )
 
     def take_home(
         self, transfer: Transfer, guests: Sequence[Tensor], receive: Callable[[Message, list[Tensor]], None]
@@ -110,7 +115,35 @@ class Exchange:
                 receive(message, split_rows(guests, message.places, flat))
 
         kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
-        return self._send(kind, sends, sizes, guests[0], deliver)
+        return self.send(kind, sends, sizes, guests[0], deliver, pairs=kind == "neighbours")
+
+    def ask(self, requests: Tensor, counts: list[int], kind: str) -> tuple[Tensor, Tensor]:
+        """Tells every rank what is asked of it.
+
+        Args:
+            requests: int64 [n, width], by the rank that is asked. counts: how many there are for each rank.
+            kind: under which the bytes are counted.
+
+        Returns:
+            int64 [ranks, ranks] on the host, how many each rank asks of each; and int64 [m, width], what this rank is
+            asked for, by who asks. Waits for the device.
+        """
+        assert self.group is not None
+        mine = torch.tensor(counts, device=requests.device)
+        every = mine.new_empty(self.world_size * self.world_size)
+        self._wait([_all_gather_single(every, mine, group=self.group, async_op=True)])
+        self.counter.add(kind, mine.nbytes * (self.world_size - 1))
+        matrix, width = every.view(self.world_size, -1).cpu(), requests.shape[1]
+        found: list[Tensor] = []
+        self.send(
+            kind,
+            {peer: part.flatten() for peer, part in enumerate(requests.split(counts)) if len(part)},
+            {peer: count * width for peer, count in enumerate(matrix[:, self.rank].tolist()) if count},
+            requests,
+            lambda got: found.extend(part.view(-1, width) for part in got.values()),
+            pairs=False,
+        ).wait()
+        return matrix, torch.cat(found)
 
     def _all_gather(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
         mine = pack_rows(sources, transfer.sends[0].places)
@@ -131,19 +164,25 @@ class Exchange:
 
         return Pending(finish)
 
-    def _send(
+    def send(
         self,
         kind: str,
         sends: dict[int, Tensor],
         sizes: dict[int, int],
         like: Tensor,
         deliver: Callable[[dict[int, Tensor]], None],
+        *,
+        pairs: bool,
     ) -> Pending:
-        """Starts to send flat tensors to peers and to receive ``sizes`` elements from each."""
+        """Starts to send flat tensors to peers and to receive ``sizes`` elements of the dtype of ``like`` from each.
+
+        kind: under which the bytes are counted. deliver: gets what came, by peer. pairs: peer by peer, where there are
+        few of them; else in one collective, in which all ranks take part.
+        """
         if self.group is None:
             return Pending(lambda: deliver({}))
         self.counter.add(kind, sum(x.nbytes for x in sends.values()))
-        if kind == "neighbours":
+        if pairs:
             got = {peer: like.new_empty(size) for peer, size in sizes.items()}
             operations = [
                 dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sorted(sends.items())
@@ -235,128 +274,6 @@ def gather_rows(x: Tensor, counts: list[int], group_name: str | None) -> list[Te
     every = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(every, padded, group=group)
     return [part[:count] for part, count in zip(every, counts, strict=True)]
-
-
-def fetch(
-    group_name: str | None, ownership: Ownership, counter: Counter, k: Tensor, v: Tensor, wanted: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Brings the chunks that this rank wants and others own, each once, by uneven all-to-alls: how many, which, rows.
-
-    Args:
-        k, v: [batch, tokens, kv_heads, dim], this rank's.
-        wanted: bool [kv_heads, chunks] of the sequence; what this rank owns itself is not brought.
-
-    Returns:
-        guests k and v [batch, pages * chunk, kv_heads, dim]; int32 [kv_heads, chunks], the guest page of a chunk or -1;
-        and what this rank sent: int64 [n, 3], (rank, head, chunk), by rank.
-    """
-    chunk, device = ownership.chunk, k.device
-    slots = torch.full(wanted.shape, -1, dtype=torch.int32, device=device)
-    if group_name is None:
-        return k[:, :0].clone(), v[:, :0].clone(), slots, torch.zeros((0, 3), dtype=torch.int64, device=device)
-    group = resolve_group(group_name)
-    want = _requests(ownership, wanted)
-    counts = np.bincount(want[:, 0], minlength=group.size())
-    asked = _swap(torch.from_numpy(counts).to(device), [1] * group.size(), [1] * group.size(), group, counter)
-    given_counts = asked.tolist()
-    ids = torch.from_numpy(np.ascontiguousarray(want[:, 1:])).to(device)
-    given = _swap(ids, given_counts, counts.tolist(), group, counter)
-    peers = torch.arange(group.size(), device=device).repeat_interleave(asked)
-    rows = torch.cat([_chunks_of(x, ownership, given) for x in (k, v)], dim=1)
-    got = _swap(rows, counts.tolist(), given_counts, group, counter)
-    slot = _slots(want)
-    at, head = torch.from_numpy(slot).to(device), ids[:, 0]
-    slots[head, ids[:, 1]] = at.int()
-    guests = []
-    width = k.shape[0] * chunk
-    for x, part in zip((k, v), got.split([width * k.shape[3], width * v.shape[3]], dim=1), strict=True):
-        pages = x.new_zeros((x.shape[0], int(slot.max(initial=-1)) + 1, chunk, *x.shape[2:]))
-        pages[:, at, :, head] = part.view(-1, x.shape[0], chunk, x.shape[3])
-        guests.append(pages.flatten(1, 2))
-    return guests[0], guests[1], slots, torch.cat((peers[:, None], given), dim=1)
-
-
-def give_back(
-    group_name: str | None,
-    ownership: Ownership,
-    counter: Counter,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    wanted: Tensor,
-    given: Tensor,
-    rows: int,
-) -> tuple[Tensor, Tensor]:
-    """The reverse of :func:`fetch`: the owners' sums, [batch, rows, kv_heads, dim], of all guests' gradients."""
-    chunk, (batch, _, heads, dim) = ownership.chunk, grad_k.shape
-    value_dim = grad_v.shape[3]
-    wide = torch.promote_types(grad_k.dtype, torch.float32)
-    pages = -(-rows // chunk)
-    sums = [grad_k.new_zeros((batch, pages, chunk, heads, n), dtype=wide) for n in (dim, value_dim)]
-    if group_name is not None:
-        group = resolve_group(group_name)
-        want = _requests(ownership, wanted)
-        at, head = (torch.from_numpy(n).to(grad_k.device) for n in (_slots(want), want[:, 1].copy()))
-        sizes = [batch * chunk * n for n in (dim, value_dim)]
-        flat = torch.cat(
-            [
-                x.unflatten(1, (-1, chunk))[:, at, :, head].to(wide).reshape(len(want), size)
-                for x, size in zip((grad_k, grad_v), sizes, strict=True)
-            ],
-            dim=1,
-        )
-        given_counts = torch.bincount(given[:, 0], minlength=group.size()).tolist()
-        counts = np.bincount(want[:, 0], minlength=group.size()).tolist()
-        got = _swap(flat, given_counts, counts, group, counter)
-        mine = torch.from_numpy(ownership.mine).to(grad_k.device)
-        first = 0
-        for count in given_counts:  # rank by rank: no chunk comes twice from one, and the order is always the same
-            some = given[first : first + count]
-            page = torch.searchsorted(mine, some[:, 2].contiguous())
-            for total, part in zip(sums, got[first : first + count].split(sizes, dim=1), strict=True):
-                total[:, page, :, some[:, 1]] += part.unflatten(1, (batch, chunk, -1))
-            first += count
-    return tuple(x.flatten(1, 2)[:, :rows].to(grad_k.dtype) for x in sums)  # type: ignore[return-value]
-
-
-def _requests(ownership: Ownership, wanted: Tensor) -> NDArray[np.int64]:
-    """int64 [n, 3]: (owner, head, chunk) of what other ranks own, by owner. Waits for the device."""
-    head, chunk = np.nonzero(wanted.cpu().numpy())
-    owner = ownership.owner[chunk]
-    found = np.stack((owner, head, chunk), axis=1)[owner != ownership.rank]
-    return np.asarray(found[np.argsort(found[:, 0], kind="stable")], np.int64)
-
-
-def _slots(want: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [n]: where each of the requests lies among the guest pages of its head, which are by chunk."""
-    order = np.lexsort((want[:, 2], want[:, 1]))
-    by_head = np.bincount(want[:, 1])
-    slot = np.empty(len(want), np.int64)
-    slot[order] = np.arange(len(want)) - np.repeat(np.cumsum(by_head) - by_head, by_head)
-    return slot
-
-
-def _chunks_of(x: Tensor, ownership: Ownership, given: Tensor) -> Tensor:
-    """[n, batch * chunk * dim]: (head, chunk) of this rank's rows; a short chunk is filled with zeros."""
-    chunk = ownership.chunk
-    pages = -(-x.shape[1] // chunk)
-    if missing := pages * chunk - x.shape[1]:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
-    padded = x.unflatten(1, (pages, chunk))
-    page = torch.searchsorted(torch.from_numpy(ownership.mine).to(x.device), given[:, 1].contiguous())
-    rows: Tensor = padded[:, page, :, given[:, 0]]
-    return rows.reshape(len(given), x.shape[0] * chunk * x.shape[3])
-
-
-def _swap(x: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup, counter: Counter) -> Tensor:
-    """Rows of x to the ranks, and what they sent; sizes in rows. Bytes count as "selected", but for a rank's own."""
-    found = x.new_empty((sum(out_sizes), *x.shape[1:]))
-    try:
-        dist.all_to_all_single(found, x.contiguous(), out_sizes, in_sizes, group=group)
-    except RuntimeError as error:
-        raise PeerLost(f"rank {group.rank()}: an exchange failed: {error}") from error
-    row = x[:1].nbytes if len(x) else 0
-    counter.add("selected", (sum(in_sizes) - in_sizes[group.rank()]) * row)
-    return found
 
 
 class Agreement:

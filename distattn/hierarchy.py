@@ -18,7 +18,7 @@ from distattn.kernels.chunks import Choosing, Ladder, Rung
 from distattn.kernels.table import TileTable
 from distattn.layout import Layout
 from distattn.levels import Level, OnDevices, packed
-from distattn.messages import Ownership, Transfer, to_everyone
+from distattn.messages import Transfer, to_everyone
 from distattn.patterns import Causal
 from distattn.segment_patterns import Chunked
 from distattn.spans import Bools, Ints
@@ -208,10 +208,6 @@ class Hierarchy(OnDevices):
         assert self.spec.select is not None
         share = self.heads // self.kv_heads if self.spec.select.heads == "kv" else 1
         return tuple(head // share for head in range(self.heads))
-
-    @cached_property
-    def ownership(self) -> Ownership:
-        return Ownership(self.chunk_owner, self.my_selectable, self.chunk, self.rank)
 
     @property
     def chunks(self) -> int:

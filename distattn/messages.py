@@ -66,16 +66,6 @@ class Transfer:
         return sum(m.count * len(m.kv_heads) for m in self.receives if m.peer != rank) * row_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Ownership:
-    """Which rank owns which chunks of the sequence. owner: int64 [chunks]. mine: int64, this rank's, in its order."""
-
-    owner: Ints
-    mine: Ints
-    chunk: int
-    rank: int
-
-
 def join_runs(first: Ints, stop: Ints) -> Ints:
     """int64 [runs, 2]: intervals that follow one another joined."""
     if len(first) == 0:

@@ -1,7 +1,7 @@
 """What ranks do together, as torch operators: they can be differentiated, compiled, and found by their plan's name.
 
-``attend`` runs a pass over a plan. ``gather_rows`` brings a rank's rows to all ranks, ``fetch_pages`` brings the pages
-that were chosen by the data to the rank that chose them; their gradients go home, and are summed up there in float32.
+``attend`` runs a pass over a plan. ``gather_rows`` brings a rank's rows to all ranks; their gradients go home, and are
+summed up there in float32.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distattn.exchange import Agreement, Counter, Exchange, Pending, fetch, give_back
+from distattn.exchange import Agreement, Counter, Exchange, Pending
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype
 from distattn.kernels.rows import add_rows, gate, gate_backward
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.messages import Transfer
-from distattn.passes import Pass, Source
+from distattn.passes import Kept, Pass, Source
 from distattn.plan import Plan, plans
 
 # Seconds that ranks wait for each other before the first exchange of a plan.
@@ -77,47 +77,61 @@ def begun(
 
 # Defined piece by piece: torch.library.custom_op would import the compiler, which takes seconds, at the first call.
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? summary_k, Tensor? summary_v, Tensor? summary_bias, Tensor? guest_k, "
-    "Tensor? guest_v, Tensor? summary_pages, Tensor? summary_masks, Tensor? chosen_pages, Tensor? chosen_masks"
+    "Tensor q, Tensor k, Tensor v, Tensor? summary_k, Tensor? summary_v, Tensor? summary_bias, Tensor? summary_pages, "
+    "Tensor? summary_masks, Tensor? chosen"
 )
 _TAG = torch.Tag.pt2_compliant_tag
 torch.library.define(
     "distattn::attend",
-    f"({_INPUTS}, bool tokens, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool tokens, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 torch.library.define(
     "distattn::attend_backward",
-    f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor guests, Tensor guest_q, {_INPUTS}, "
-    "bool tokens, str plan, float scale) -> Tensor[]",
+    "(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor guests, Tensor guest_q, Tensor chosen_guests, "
+    f"Tensor asked, {_INPUTS}, bool tokens, str plan, float scale) -> Tensor[]",
     tags=_TAG,
 )
-_DIFFERENTIABLE = 8  # the first of _INPUTS
+_DIFFERENTIABLE = 6  # the first of _INPUTS
 
 
 @torch.library.impl("distattn::attend", "default")
-def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, guests, guest queries); see :class:`Pass`."""
+def _attend(*arguments: Any) -> tuple[Tensor, ...]:
+    """(out, lse, then what is in ``Kept``); see :class:`Pass`."""
     *inputs, tokens, name, scale = arguments
     plan, (q, k, v) = plans[name], inputs[:3]
     begun = _begun.pop(_names(plan, "tokens", [q, k, v]), None) if tokens else None
-    run = Pass(plan, sent, tokens, _sources(plan, inputs, None))
+    run = Pass(plan, sent, tokens, _sources(plan, inputs, None), inputs[-1])
     if begun is not None:
-        return run.finish(begun, q, k, v, scale)
-    agree(plan, q.shape[0], q.dtype)
-    return run.forward(q, k, v, scale)
+        out, lse, kept = run.finish(begun, q, k, v, scale)
+    else:
+        agree(plan, q.shape[0], q.dtype)
+        out, lse, kept = run.forward(q, k, v, scale)
+    return out, lse, *kept
 
 
 @torch.library.register_fake("distattn::attend")
-def _attend_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, v, (tokens, name) = arguments[0], arguments[2], arguments[-3:-1]
+def _attend_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    q, v, (chosen, tokens, name) = arguments[0], arguments[2], arguments[-4:-1]
     p = plans[name]
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=accumulator_dtype(q.dtype))
     kept = p.stages[0].guest_rows if tokens and len(p.stages) == 1 else 0
     guests = q.new_empty(q.shape[0] * kept * p.kv_heads * (p.head_dim + p.value_dim))
     rows = 0 if p.guest_queries is None or not tokens else len(p.guest_queries.positions)
-    return out, lse, guests, q.new_empty((q.shape[0], rows, p.heads, p.head_dim))
+    came: Any = 0
+    asked: Any = 0
+    if chosen is not None and p.world_size > 1:
+        context = torch.library.get_ctx()
+        came, asked = context.new_dynamic_size(), context.new_dynamic_size()
+    return (
+        out,
+        lse,
+        guests,
+        q.new_empty((q.shape[0], rows, p.heads, p.head_dim)),
+        q.new_empty(came),
+        torch.empty(asked, dtype=torch.int64, device="cpu"),
+    )
 
 
 @torch.library.impl("distattn::attend_backward", "default")
@@ -128,36 +142,39 @@ def _attend_backward(
     lse: Tensor,
     guests: Tensor,
     guest_q: Tensor,
+    chosen_guests: Tensor,
+    asked: Tensor,
     *arguments: Any,
 ) -> list[Tensor]:
     *inputs, tokens, name, scale = arguments
     plan, (q, k, v) = plans[name], inputs[:3]
     sums = [None if x is None else x.new_zeros(x.shape, dtype=lse.dtype) for x in inputs[3:_DIFFERENTIABLE]]
     sources = _sources(plan, inputs, sums)
-    grads = Pass(plan, sent, tokens, sources).backward(grad_out, grad_lse, q, k, v, out, lse, guests, guest_q, scale)
+    kept = Kept(guests, guest_q, chosen_guests, asked)
+    run = Pass(plan, sent, tokens, sources, inputs[-1])
+    grads = run.backward(grad_out, grad_lse, q, k, v, out, lse, kept, scale)
     more = [x.to(of.dtype) for x, of in zip(sums, inputs[3:], strict=False) if x is not None]
     return [*grads, *more]
 
 
 @torch.library.register_fake("distattn::attend_backward")
 def _attend_backward_fake(*arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in arguments[6 : 6 + _DIFFERENTIABLE] if x is not None]
+    return [x.new_empty(x.shape) for x in arguments[8 : 8 + _DIFFERENTIABLE] if x is not None]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, tokens, plan, scale = inputs
-    out, lse, guests, guest_q = output
-    ctx.save_for_backward(out, lse, guests, guest_q, *tensors)
+    ctx.save_for_backward(*output, *tensors)
     # Holding the plan keeps it in the registry until the backward pass.
     ctx.plan, ctx.rest = plans[plan], (tokens, plan, scale)
-    ctx.mark_non_differentiable(guests, guest_q)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(True)
 
 
-def _differentiate(ctx, grad_out, grad_lse, _guests, _guest_q):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, grad_out, grad_lse, *_):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
     grads = iter(torch.ops.distattn.attend_backward(grad_out, grad_lse, *saved, *ctx.rest))
-    inputs = saved[4:]
+    inputs = saved[6:]
     given = [None if x is None else next(grads) for x in inputs[:_DIFFERENTIABLE]]
     return *given, *[None] * (len(inputs) - _DIFFERENTIABLE + 3)
 
@@ -166,55 +183,24 @@ torch.library.register_autograd("distattn::attend", _differentiate, setup_contex
 
 
 def _sources(plan: Plan, inputs: list[Any], sums: list[Tensor | None] | None) -> list[Source]:
-    """The summaries and the chosen chunks, as far as there are any; sums: where their gradients are added."""
-    _, k, v, sk, sv, bias, gk, gv, summary_pages, summary_masks, chosen_pages, chosen_masks = inputs
-    hierarchy, found = plan.hierarchy, []
-    if sk is not None:
-        assert hierarchy is not None
-        own, nobody = Pages(sk, sv), Pages(sk[:, :0], sv[:, :0])
-        tables: list[AnyTable] = [hierarchy.table] * sk.shape[0]
-        if summary_pages is not None:
-            pages = hierarchy.rows // hierarchy.page
-            tables = _tables(plan, summary_pages, summary_masks, hierarchy.page, pages, 0)
-        biases = None if bias is None else Biases(bias, bias[:, :0])
-        if sums is None:
-            found.append(Source(own, nobody, tables, biases))
-        else:
-            dk, dv, db = sums[:3]
-            assert dk is not None and dv is not None
-            d_nobody, d_bias = Pages(dk[:, :0], dv[:, :0]), None if db is None else Biases(db, db[:, :0])
-            found.append(Source(own, nobody, tables, biases, Pages(dk, dv), d_nobody, d_bias))
-    if gk is not None:
-        assert hierarchy is not None
-        chunk = hierarchy.chunk
-        tables = _tables(plan, chosen_pages, chosen_masks, chunk, -(-plan.tokens // chunk), gk.shape[1] // chunk)
-        if sums is None:
-            found.append(Source(Pages(k, v), Pages(gk, gv), tables))
-        else:
-            assert sums[3] is not None and sums[4] is not None
-            found.append(Source(Pages(k, v), Pages(gk, gv), tables, d_guests=Pages(sums[3], sums[4])))
-    return found
-
-
-def _tables(
-    plan: Plan, pages: Tensor, masks: Tensor | None, block: int, own_pages: int, guest_pages: int
-) -> list[AnyTable]:
-    """pages: int32 [batch, tables, tiles, n]; masks: of each, or None."""
-    assert plan.hierarchy is not None
-    tile, head_table = plan.hierarchy.tile, plan.hierarchy.head_table
-    return [
-        SelectedTable(
-            tile,
-            block,
-            pages.shape[2],
-            own_pages,
-            guest_pages,
-            head_table,
-            pages[b],
-            None if masks is None else masks[b],
-        )
-        for b in range(pages.shape[0])
-    ]
+    """The summaries, if there are any; sums: where their gradients are added."""
+    sk, sv, bias, pages, masks = inputs[3:8]
+    if sk is None:
+        return []
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
+    own, nobody = Pages(sk, sv), Pages(sk[:, :0], sv[:, :0])
+    tables: list[AnyTable] = [hierarchy.table] * sk.shape[0]
+    if pages is not None:
+        at = hierarchy.tile, hierarchy.page, pages.shape[2], hierarchy.rows // hierarchy.page, 0, hierarchy.head_table
+        tables = [SelectedTable(*at, pages[b], masks[b]) for b in range(len(pages))]
+    biases = None if bias is None else Biases(bias, bias[:, :0])
+    if sums is None:
+        return [Source(own, nobody, tables, biases)]
+    dk, dv, db = sums
+    assert dk is not None and dv is not None
+    d_nobody, d_bias = Pages(dk[:, :0], dv[:, :0]), None if db is None else Biases(db, db[:, :0])
+    return [Source(own, nobody, tables, biases, Pages(dk, dv), d_nobody, d_bias)]
 
 
 torch.library.define("distattn::gate", "(Tensor[] parts, Tensor gates) -> Tensor", tags=_TAG)
@@ -324,76 +310,3 @@ def _differentiate_gather(ctx, grads):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("distattn::gather_rows", _differentiate_gather, setup_context=_save_gather)
-
-torch.library.define(
-    "distattn::fetch_pages",
-    "(Tensor k, Tensor v, Tensor wanted, str plan) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAG,
-)
-torch.library.define(
-    "distattn::fetch_pages_backward",
-    "(Tensor grad_k, Tensor grad_v, Tensor wanted, Tensor given, int rows, str plan) -> (Tensor, Tensor)",
-    tags=_TAG,
-)
-
-
-@torch.library.impl("distattn::fetch_pages", "default")
-def _fetch_pages(k: Tensor, v: Tensor, wanted: Tensor, plan: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Brings chunks that other ranks own.
-
-    wanted: bool [kv_heads, chunks]. Returns guests k and v [batch, pages * chunk, kv_heads, dim], and where they lie:
-    int32 [kv_heads, chunks], a guest page or -1; and what this rank sent, int64 [n, 3]: (rank, head, chunk), for the
-    way back.
-    """
-    p = plans[plan]
-    assert p.hierarchy is not None
-    return fetch(p.group_name, p.hierarchy.ownership, sent, k, v, wanted)
-
-
-@torch.library.register_fake("distattn::fetch_pages")
-def _fetch_pages_fake(k: Tensor, v: Tensor, wanted: Tensor, plan: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = plans[plan]
-    assert p.hierarchy is not None
-    rows: Any = 0
-    given: Any = 0
-    if p.world_size > 1:
-        context = torch.library.get_ctx()
-        rows, given = context.new_dynamic_size() * p.hierarchy.chunk, context.new_dynamic_size()
-    return (
-        k.new_empty((k.shape[0], rows, *k.shape[2:])),
-        v.new_empty((v.shape[0], rows, *v.shape[2:])),
-        wanted.new_empty(wanted.shape, dtype=torch.int32),
-        wanted.new_empty((given, 3), dtype=torch.int64),
-    )
-
-
-@torch.library.impl("distattn::fetch_pages_backward", "default")
-def _fetch_pages_backward(
-    grad_k: Tensor, grad_v: Tensor, wanted: Tensor, given: Tensor, rows: int, plan: str
-) -> tuple[Tensor, Tensor]:
-    p = plans[plan]
-    assert p.hierarchy is not None
-    return give_back(p.group_name, p.hierarchy.ownership, sent, grad_k, grad_v, wanted, given, rows)
-
-
-@torch.library.register_fake("distattn::fetch_pages_backward")
-def _fetch_pages_backward_fake(
-    grad_k: Tensor, grad_v: Tensor, wanted: Tensor, given: Tensor, rows: int, plan: str
-) -> tuple[Tensor, Tensor]:
-    return tuple(x.new_empty((x.shape[0], rows, *x.shape[2:])) for x in (grad_k, grad_v))  # type: ignore[return-value]
-
-
-def _save_fetch(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    k, _, wanted, plan = inputs
-    _, _, slots, given = output
-    ctx.save_for_backward(wanted, given)
-    ctx.plan, ctx.rest = plans[plan], (k.shape[1], plan)
-    ctx.mark_non_differentiable(slots, given)
-    ctx.set_materialize_grads(True)
-
-
-def _differentiate_fetch(ctx, grad_k, grad_v, _slots, _given):  # type: ignore[no-untyped-def]
-    return *torch.ops.distattn.fetch_pages_backward(grad_k, grad_v, *ctx.saved_tensors, *ctx.rest), None, None
-
-
-torch.library.register_autograd("distattn::fetch_pages", _differentiate_fetch, setup_context=_save_fetch)

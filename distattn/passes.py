@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distattn.arena import GuestQueries, Stage
+from distattn.chosen import ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
 from distattn.kernels.attention import (
     Biases,
@@ -29,9 +30,9 @@ from distattn.plan import Plan
 
 
 class Source(NamedTuple):
-    """What is attended beside the plan's pattern: pages with their gradients, a table for each of the batch.
+    """Pages that are attended beside the plan's pattern, with a table for each of the batch.
 
-    d_own: None where ``own`` are the rank's K and V; d_own, d_guests and d_bias are read in backward passes only.
+    d_own, d_guests, d_bias: where gradients are added, in backward passes only.
     """
 
     own: Pages
@@ -41,6 +42,19 @@ class Source(NamedTuple):
     d_own: Pages | None = None
     d_guests: Pages | None = None
     d_bias: Biases | None = None
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps for the backward pass, beside its results.
+
+    guests, guest_q: of the pattern; where stages are several, guests are brought again. chosen: guests of chosen
+        chunks, unless they came in several rounds. asked: see ``ChosenChunks``.
+    """
+
+    guests: Tensor
+    guest_q: Tensor
+    chosen: Tensor
+    asked: Tensor
 
 
 class Begun(NamedTuple):
@@ -60,19 +74,28 @@ class Pass:
     """One forward or backward pass over a plan.
 
     tokens: whether the plan's pattern is attended; else only ``sources`` are.
-    sources: what is attended beside it, under the same softmax.
+    sources: what is attended beside it, under the same softmax. chosen: int32 [batch, tables, tiles, n]: chunks that
+    are attended, too.
     """
 
-    def __init__(self, plan: Plan, counter: Counter, tokens: bool = True, sources: Sequence[Source] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        counter: Counter,
+        tokens: bool = True,
+        sources: Sequence[Source] = (),
+        chosen: Tensor | None = None,
+    ) -> None:
         self.plan = plan
         self.exchange = Exchange(plan.group_name, plan.rank, counter)
         self.stages = plan.stages if tokens else ()
         self.queries = plan.guest_queries if tokens else None
-        self.sources = sources
+        self.sources, self.chosen = sources, chosen
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(out, lse, guests, guest queries): the last two are what a direct plan's backward pass reads again."""
-        return self.finish(self.begin(q, k, v, scale, bool(self.sources)), q, k, v, scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
+        """(out, lse, what the backward pass reads again)."""
+        more = bool(self.sources) or self.chosen is not None
+        return self.finish(self.begin(q, k, v, scale, more), q, k, v, scale)
 
     def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> Begun:
         """The plan's pattern; ``more``: sources follow, which need not be known yet."""
@@ -89,7 +112,7 @@ class Pass:
             out.zero_()
             lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):
-            guests = _rows(slots[number % 2], stage)
+            guests = _first(slots[number % 2].pages, stage.guest_rows)
 
             def run(table: TileTable, guests: Pages = guests, later: bool = number > 0) -> None:
                 attention_forward(q, own, guests, table, out, lse, scale=scale, resume=later)
@@ -104,23 +127,24 @@ class Pass:
         kept = slots[0].flat if len(stages) == 1 else q.new_empty(0)
         return Begun(out, lse, kept, guest_q, queries_here)
 
-    def finish(
-        self, begun: Begun, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def finish(self, begun: Begun, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
         """What :meth:`forward` returns, from what was begun with the same tensors."""
-        out, lse, kept, guest_q, queries_here = begun
-        if self.sources:
-            self._attend_sources(q, out, lse, scale)
+        out, lse, guests, guest_q, queries_here = begun
+        kept = Kept(guests, guest_q, q.new_empty(0), torch.zeros(0, dtype=torch.int64))
+        if self.sources or self.chosen is not None:
+            rows = self._global_rows(q.device)
+            before = out[:, rows], lse[:, rows]
+            kept = kept._replace(**self._attend_more(q, Pages(k, v), out, lse, scale))
+            out[:, rows], lse[:, rows] = before  # global queries have seen everything
         if self.queries is not None:
             queries_here.wait()
             self._attend_guest_queries(self.queries, guest_q, Pages(k, v), out, lse, scale)
-        return out.to(q.dtype), lse, kept, guest_q
+        return out.to(q.dtype), lse, kept
 
-    def _attend_sources(self, q: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-        """Goes on with what is attended beside the pattern; global queries have seen everything."""
-        rows = self._global_rows(q.device)
-        kept = out[:, rows], lse[:, rows]
-        for source in self.sources:
+    def _attend_more(self, q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float) -> dict[str, Tensor]:
+        """Goes on with sources and chosen chunks, each round of these while the next one travels."""
+
+        def run(source: Source) -> None:
             for b in range(q.shape[0]):
                 attention_forward(
                     q[b : b + 1],
@@ -133,7 +157,37 @@ class Pass:
                     resume=True,
                     bias=_bias_of(source.bias, b),
                 )
-        out[:, rows], lse[:, rows] = kept
+
+        chunks = None if self.chosen is None else ChosenChunks(self.plan, self.exchange, self.chosen, None)
+        slots = [] if chunks is None else self._chosen_slots(chunks, own)
+        pending = [] if chunks is None else self._bring_chosen(chunks, 1, own, slots)
+        for source in self.sources:
+            run(source)
+        if chunks is None:
+            return {}
+        run(Source(own, _nothing(own), chunks.tables(0)))
+        for number in range(1, len(chunks.rounds) + 1):
+            arrived = pending
+            # The other slot is free, since its round is done.
+            pending = self._bring_chosen(chunks, number + 1, own, slots)
+            for part in arrived:
+                part.wait()
+            run(Source(own, _first(slots[number % 2].pages, chunks.guest_rows(number)), chunks.tables(number)))
+        return {"asked": chunks.asked} | ({"chosen": slots[1].flat} if len(chunks.rounds) == 1 else {})
+
+    def _chosen_slots(self, chunks: ChosenChunks, own: Pages) -> list[_Slot]:
+        """Two guest buffers, of which a single round needs but the second."""
+        width = own.k.shape[0] * own.k.shape[2] * (own.k.shape[3] + own.v.shape[3])
+        rows = [chunks.guest_rows(number) for number in range(1, len(chunks.rounds) + 1)]
+        sizes = max(rows[1::2], default=0), max(rows[::2], default=0)
+        return [_Slot(own.k.new_empty(size * width), *own) for size in sizes]
+
+    @staticmethod
+    def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[_Slot]) -> list[Pending]:
+        """A round that is on its way, if there is one of this number."""
+        if number > len(chunks.rounds):
+            return []
+        return [chunks.bring(number, own, slots[number % 2].pages)]
 
     def _global_rows(self, device: torch.device) -> Tensor:
         assert self.plan.hierarchy is not None
@@ -148,8 +202,7 @@ class Pass:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        kept: Tensor,
-        guest_q: Tensor,
+        kept: Kept,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv); gradients of sources are added to theirs."""
@@ -157,20 +210,20 @@ class Pass:
         several = len(stages) > 1
         delta = row_deltas(out, grad_out, grad_lse)
         # What one launch makes is written as it is returned; what several add to is summed up in the wider dtype.
-        once = len(stages) == 1 and self.queries is None and not self.sources
+        once = len(stages) == 1 and self.queries is None and not self.sources and self.chosen is None
         dq = q.new_zeros(q.shape, dtype=q.dtype if once else dtype)
         alone = once and not stages[0].transfers
         d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
         # A direct plan kept its guests; a ring brings them again.
-        slots = self._slots(k, v) if several else [_Slot(kept, k, v)] * 2
+        slots = self._slots(k, v) if several else [_Slot(kept.guests, k, v)] * 2
         pending = self._bring(stages[0], own, slots[0]) if several else Pending()
         homeward: list[Pending] = []
         if self.queries is not None:
             homeward.append(
-                self._guest_queries_backward(self.queries, guest_q, own, grad_out, lse, delta, dq, d_own, scale)
+                self._guest_queries_backward(self.queries, kept.guest_q, own, grad_out, lse, delta, dq, d_own, scale)
             )
         for number, stage in enumerate(stages):
-            guests = _rows(slots[number % 2], stage)
+            guests = _first(slots[number % 2].pages, stage.guest_rows)
             d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
 
             def run(table: TileTable, guests: Pages = guests, d_guests: Pages = d_guests) -> None:
@@ -183,20 +236,30 @@ class Pass:
             run(stage.with_guests)
             homeward += [self._take_home(transfer, d_guests, d_own) for transfer in stage.transfers]
             run(stage.alone)
-        if self.sources:
-            self._sources_backward(q, grad_out, lse, delta, dq, d_own, scale)
+        if self.sources or self.chosen is not None:
+            homeward += self._more_backward(q, own, grad_out, lse, delta, dq, d_own, kept, scale)
         for part in homeward:
             part.wait()
         return dq.to(q.dtype), d_own.k.to(k.dtype), d_own.v.to(v.dtype)
 
-    def _sources_backward(
-        self, q: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, d_own: Pages, scale: float
-    ) -> None:
+    def _more_backward(
+        self,
+        q: Tensor,
+        own: Pages,
+        grad_out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        d_own: Pages,
+        kept: Kept,
+        scale: float,
+    ) -> list[Pending]:
+        """Gradients of sources and chosen chunks; what is on its way home."""
         if len(rows := self._global_rows(q.device)):
             lse = lse.index_fill(1, rows, torch.inf)  # exp(s - inf) = 0: they have no part in this
-        for source in self.sources:
-            into = source.d_own or d_own
-            assert source.d_guests is not None
+
+        def run(source: Source) -> None:
+            assert source.d_own is not None and source.d_guests is not None
             for b in range(q.shape[0]):
                 attention_backward(
                     q[b : b + 1],
@@ -207,12 +270,32 @@ class Pass:
                     lse[b : b + 1],
                     delta[b : b + 1],
                     dq[b : b + 1],
-                    _pages_of(into, b),
+                    _pages_of(source.d_own, b),
                     _pages_of(source.d_guests, b),
                     scale=scale,
                     bias=_bias_of(source.bias, b),
                     d_bias=_bias_of(source.d_bias, b),
                 )
+
+        homeward: list[Pending] = []
+        if self.chosen is not None:
+            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, kept.asked)
+            again = len(chunks.rounds) > 1  # what came in one round was kept
+            slots = self._chosen_slots(chunks, own) if again else [_Slot(kept.chosen, *own)] * 2
+            pending = self._bring_chosen(chunks, 1, own, slots) if again else []
+            for number in range(1, len(chunks.rounds) + 1):
+                arrived = pending
+                pending = self._bring_chosen(chunks, number + 1, own, slots)
+                for part in arrived:
+                    part.wait()
+                guests = _first(slots[number % 2].pages, chunks.guest_rows(number))
+                d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
+                run(Source(own, guests, chunks.tables(number), None, d_own, d_guests))
+                homeward.append(chunks.take_home(number, d_guests, d_own))
+            run(Source(own, _nothing(own), chunks.tables(0), None, d_own, _nothing(d_own)))
+        for source in self.sources:
+            run(source)
+        return homeward
 
     def _slots(self, k: Tensor, v: Tensor) -> list[_Slot]:
         """Two guest buffers, of which a single stage needs but one."""
@@ -245,8 +328,7 @@ class Pass:
         dtype = lse.dtype
         part = guest_q.new_zeros((*guest_q.shape[:3], out.shape[3]), dtype=dtype)
         part_lse = guest_q.new_full(guest_q.shape[:3], -torch.inf, dtype=dtype)
-        nobody = Pages(own.k[:, :0], own.v[:, :0])
-        attention_forward(guest_q, own, nobody, queries.table, part, part_lse, scale=scale)
+        attention_forward(guest_q, own, _nothing(own), queries.table, part, part_lse, scale=scale)
         mine = torch.from_numpy(queries.mine).to(out.device)
         total = out.new_zeros((out.shape[0], len(mine), *out.shape[2:]), dtype=dtype)
         total_lse = lse.new_full((lse.shape[0], len(mine), lse.shape[2]), -torch.inf)
@@ -282,18 +364,17 @@ class Pass:
         for part in arriving:
             part.wait()
         guest_dq = dq.new_zeros(guest_q.shape)
-        nobody, d_nobody = Pages(own.k[:, :0], own.v[:, :0]), Pages(d_own.k[:, :0], d_own.v[:, :0])
         attention_backward(
             guest_q,
             own,
-            nobody,
+            _nothing(own),
             queries.table,
             guest_grad,
             guest_rows[..., 0],
             guest_rows[..., 1],
             guest_dq,
             d_own,
-            d_nobody,
+            _nothing(d_own),
             scale=scale,
         )
         return self.exchange.take_home(
@@ -316,9 +397,14 @@ class _Slot:
         )
 
 
-def _rows(slot: _Slot, stage: Stage) -> Pages:
-    """The part of a guest buffer that a stage uses."""
-    return Pages(slot.pages.k[:, : stage.guest_rows], slot.pages.v[:, : stage.guest_rows])
+def _first(pages: Pages, rows: int) -> Pages:
+    """The first rows."""
+    return Pages(pages.k[:, :rows], pages.v[:, :rows])
+
+
+def _nothing(pages: Pages) -> Pages:
+    """No rows, of the same heads."""
+    return _first(pages, 0)
 
 
 def _pages_of(pages: Pages, b: int) -> Pages:

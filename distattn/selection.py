@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from distattn.extras import AttentionExtras
-from distattn.hierarchy import Hierarchy
 from distattn.kernels.attention import accumulator_dtype
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means
 from distattn.plan import Plan
 from distattn.spans import Ints
 from distattn.summaries import Pooled, mean_keys
-
-
-class Tables(NamedTuple):
-    """pages: int32 [batch, tables, tiles, n], -1: none. masks: int32 [batch, tables, tiles, n, 1, words] or None."""
-
-    pages: Tensor
-    masks: Tensor | None
 
 
 @torch.no_grad()
@@ -72,53 +62,13 @@ def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, Ints]:
     return rows[:, torch.from_numpy(index).to(q.device)], numbers
 
 
-def wanted_chunks(chosen: Tensor, hierarchy: Hierarchy) -> Tensor:
-    """bool [kv_heads, chunks]: what is chosen by some tile of this rank."""
-    batch, tables = chosen.shape[:2]
-    found = torch.zeros((tables, hierarchy.chunks + 1), dtype=torch.bool, device=chosen.device)
-    index = torch.where(chosen < 0, hierarchy.chunks, chosen).long().transpose(0, 1).flatten(1)
-    found.scatter_(1, index, True)
-    by_head: Tensor = found[:, :-1].unflatten(0, (hierarchy.kv_heads, -1)).any(1)
-    return by_head
+def summary_table(chosen: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """What is visited of the summary buffer beside the chosen chunks, so that every token counts once.
 
-
-def chosen_table(chosen: Tensor, slots: Tensor, plan: Plan) -> Tables:
-    """Where the chosen chunks lie: among the rank's own pages, or its guests (``slots`` of fetch_pages)."""
-    hierarchy = plan.hierarchy
-    assert hierarchy is not None
-    chunk = hierarchy.chunk
-    own_pages = -(-plan.tokens // chunk)
-    own = hierarchy.on(chosen.device, "own_page")
-    place = torch.where(own >= 0, own, slots.long() + own_pages)  # [kv_heads, chunks]
-    head = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // hierarchy.kv_heads)
-    at = chosen.clamp_min(0).long()
-    pages = place[head[None, :, None, None], at]
-    pages = torch.where(chosen < 0, -1, pages).int()
-    return Tables(pages, _chosen_masks(chosen, plan))
-
-
-def _chosen_masks(chosen: Tensor, plan: Plan) -> Tensor | None:
-    """Leaves out global keys, what is beyond the end, and of a token's own chunk what follows the token."""
-    hierarchy, select = plan.hierarchy, plan.spec.select
-    assert hierarchy is not None and select is not None
-    own = hierarchy.causal and "own" in select.always
-    if hierarchy.chooses_whole_chunks and not own:
-        return None
-    chunk = hierarchy.chunk
-    masks = hierarchy.on(chosen.device, "chunk_masks")[chosen.clamp_min(0).long()]
-    if own:
-        position = hierarchy.on(chosen.device, "positions")
-        first = 32 * torch.arange(masks.shape[-1], device=chosen.device)
-        until = (position % chunk + 1)[:, None] - first
-        causal = ((1 << until.clamp(0, 32)) - 1).to(torch.int32)  # [tokens, words]
-        is_own = chosen == (position // chunk)[:, None]
-        masks = torch.where(is_own.unsqueeze(-1), masks & causal[:, None], masks)
-    return masks.unsqueeze(-2).contiguous()
-
-
-def summary_table(chosen: Tensor, plan: Plan) -> Tables:
-    """What is visited of the summary buffer beside the chosen chunks, so that every token counts once."""
+    Returns:
+        pages int32 [batch, tables, tiles, n], -1: none, and masks int32 [batch, tables, tiles, n, 1, words] of them.
+    """
     hierarchy = plan.hierarchy
     assert hierarchy is not None
     position, exists = (hierarchy.on(chosen.device, name) for name in ("tile_position", "row_bits"))
-    return Tables(*summary_pages(chosen, position, exists, hierarchy.ladder))
+    return summary_pages(chosen, position, exists, hierarchy.ladder)

@@ -280,15 +280,15 @@ def plan() -> Plan:
 
 @pytest.mark.full  # this and the next import the compiler, which can take minutes
 def test_operators_pass_opcheck(plan: Plan) -> None:
-    torch.library.opcheck(torch.ops.distattn.attend.default, (*tensors(plan), *[None] * 9, True, plan.name, 0.2))
+    torch.library.opcheck(torch.ops.distattn.attend.default, (*tensors(plan), *[None] * 6, True, plan.name, 0.2))
     spec = presets.hierarchical(16, (8, 16), (2,), 2)
     plan = make_plan(spec, 61, heads=4, kv_heads=2, head_dim=32, block_q=16, block_k=16)
     q, k, v = tensors(plan)
     assert plan.hierarchy is not None
     torch.library.opcheck(torch.ops.distattn.chunk_means.default, (k, None, 8))
     torch.library.opcheck(torch.ops.distattn.gather_rows.default, ([k[:, :8], v[:, :8]], plan.name, "summaries"))
-    wanted = torch.ones(2, plan.hierarchy.chunks, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.distattn.fetch_pages.default, (k, v, wanted, plan.name))
+    chosen = torch.zeros(1, 2, plan.hierarchy.chunks, 1, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.distattn.attend.default, (q, k, v, *[None] * 5, chosen, False, plan.name, 0.2))
 
 
 @pytest.mark.full

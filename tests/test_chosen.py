@@ -1,0 +1,163 @@
+"""How chosen chunks travel: in one round or a round for each owner, each chunk once, and beside what is computed."""
+
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import RankPool
+
+from distattn import chosen, passes, reference
+from distattn.attend import attend, select
+from distattn.chosen import wanted_chunks
+from distattn.exchange import Exchange, Pending
+from distattn.hierarchy_reference import hierarchical
+from distattn.jobs.context import Context
+from distattn.operators import sent
+from distattn.plan import Plan, make_plan
+from distattn.presets import hierarchical as levels
+from distattn.spec import AttentionSpec, Summaries, TopChunks, chunk_window
+
+LENGTH, CHUNK, HEADS, KV_HEADS, DIM = 94, 4, 4, 2, 8
+SPECS = {
+    "tokens": AttentionSpec(
+        chunk_window(CHUNK, 2, global_keys=(3, 50)), (Summaries(CHUNK, reach=2), Summaries(16)), TopChunks(5, CHUNK)
+    ),
+    "tiles, both sides": AttentionSpec(
+        chunk_window(CHUNK, 2, causal=False), (Summaries(CHUNK),), TopChunks(2, CHUNK, per="tile", heads="q")
+    ),
+}
+
+
+def inputs(plan: Plan, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    made = torch.Generator().manual_seed(3)
+    return [
+        torch.randn(2, LENGTH, heads, DIM, generator=made).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
+
+
+def plan_of(name: str, context: Context | None, layout: str = "contiguous") -> Plan:
+    mesh = context.mesh if context else None
+    return make_plan(
+        SPECS[name],
+        LENGTH,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=DIM,
+        mesh=mesh,
+        layout=layout,
+        block_q=8,
+        block_k=8,
+    )
+
+
+def run(context: Context, name: str, layout: str, share: float) -> dict[str, Any]:
+    """Forward and backward, with rounds from that share on: results, how many rounds, and bytes of chosen chunks."""
+    plan, rounds = plan_of(name, context, layout), set[int]()
+
+    class Watched(chosen.ChosenChunks):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            rounds.add(len(self.rounds))
+
+    kept, before = (chosen._MUCH, passes.ChosenChunks), sent.sent.get("selected", 0)
+    chosen._MUCH, passes.ChosenChunks = share, Watched  # type: ignore[misc]
+    try:
+        q, k, v, weight = inputs(plan)
+        rows = [plan.shard(x).requires_grad_() for x in (q, k, v)]
+        out = attend(*rows, plan)
+        forward = sent.sent.get("selected", 0) - before
+        grads = torch.autograd.grad((out * plan.shard(weight)).sum(), rows)
+    finally:
+        chosen._MUCH, passes.ChosenChunks = kept  # type: ignore[misc]
+    assert plan.hierarchy is not None
+    wanted = wanted_chunks(select(*(x.detach() for x in rows), plan).chunks, plan.hierarchy)
+    wanted[:, plan.hierarchy.chunk_owner == plan.rank] = False
+    return {
+        "results": [plan.unshard(x.detach()) for x in (out, *grads)],
+        "rounds": rounds,
+        "forward": forward,
+        "backward": sent.sent.get("selected", 0) - before - forward,
+        "taken": int(wanted.sum()),
+    }
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("world", "layout"), [(2, "contiguous"), (3, "striped"), (4, "contiguous")])
+def test_one_round_and_several_give_the_same(name: str, world: int, layout: str, ranks: RankPool) -> None:
+    once, often = (ranks(world, run, name, layout, share) for share in (1.0, 0.0))
+    assert {n for rank in once for n in rank["rounds"]} == {1}
+    assert {n for rank in often for n in rank["rounds"]} == {world - 1}
+    for x, y in zip(once[0]["results"], often[0]["results"], strict=True):
+        assert reference.max_error(x, y) < 1e-6
+    q, k, v, weight = inputs(plan_of(name, None), torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = hierarchical(*leaves, SPECS[name]).out
+    wanted = [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+    for x, y in zip(often[0]["results"], wanted, strict=True):
+        assert reference.max_error(x, y) < 1e-5
+    # Each chunk once a rank that wants it; requests are two numbers, and how many there are of each rank.
+    taken, batch = sum(rank["taken"] for rank in once), 2
+    rows, asked = taken * batch * CHUNK * 2 * DIM * 4, taken * 16 + world * (world - 1) * world * 8
+    assert sum(rank["forward"] for rank in once) == sum(rank["forward"] for rank in often) == rows + asked
+    assert sum(rank["backward"] for rank in once) == rows
+    several = world > 2  # these bring chunks again
+    assert sum(rank["backward"] for rank in often) == rows * (1 + several)
+
+
+def rounds_by_share(context: Context, k: int) -> tuple[int, float]:
+    """How many rounds a choice of k chunks a token takes, and what share of what others have it brings to all ranks."""
+    spec = levels(8, (4, 16), (3,), k, "token")
+    plan = make_plan(spec, LENGTH, heads=2, head_dim=DIM, mesh=context.mesh, layout="striped", block_q=8, block_k=8)
+    q, x, v, _ = (plan.shard(y)[:1, :, :2].contiguous() for y in inputs(plan))
+    chunks = select(q, x, v, plan).chunks
+    assert plan.hierarchy is not None
+    wanted = wanted_chunks(chunks, plan.hierarchy)
+    wanted[:, plan.hierarchy.chunk_owner == plan.rank] = False
+    total = torch.tensor([wanted.sum().item()])
+    assert context.mesh is not None
+    torch.distributed.all_reduce(total, group=context.mesh.get_group())
+    exchange = Exchange(plan.group_name, plan.rank, sent)
+    made = chosen.ChosenChunks(plan, exchange, chunks, None)
+    return len(made.rounds), total.item() / (2 * plan.hierarchy.chunks * (plan.world_size - 1))
+
+
+def test_much_comes_owner_by_owner(ranks: RankPool) -> None:
+    few, many = (ranks(4, rounds_by_share, k) for k in (1, 12))
+    assert all(rounds == 1 and share <= 0.5 for rounds, share in few)
+    assert all(rounds == 3 and share > 0.5 for rounds, share in many)
+
+
+def log_of(context: Context, name: str) -> list[str]:
+    """What happens to chosen chunks and query tiles in a forward pass, with a round for each owner."""
+    log: list[str] = []
+    bring, attention = chosen.ChosenChunks.bring, passes.attention_forward
+
+    def noted(self: Any, number: int, *arguments: Any) -> Pending:
+        log.append(f"sent {number}")
+        pending = bring(self, number, *arguments)
+
+        def arrive() -> None:
+            pending.wait()
+            log.append(f"arrived {number}")
+
+        return Pending(arrive)
+
+    def attended(*arguments: Any, **options: Any) -> None:
+        log.append("tiles")
+        attention(*arguments, **options)
+
+    plan, share = plan_of(name, context), chosen._MUCH
+    chosen._MUCH, chosen.ChosenChunks.bring, passes.attention_forward = 0.0, noted, attended  # type: ignore[method-assign]
+    try:
+        q, k, v, _ = (plan.shard(x)[:1] for x in inputs(plan))
+        attend(q, k, v, plan)
+    finally:
+        chosen._MUCH, chosen.ChosenChunks.bring, passes.attention_forward = share, bring, attention  # type: ignore[method-assign]
+    return log
+
+
+def test_a_round_travels_while_another_is_attended(ranks: RankPool) -> None:
+    for log in ranks(3, log_of, "tokens"):
+        first = log[log.index("sent 1") :]
+        # Summaries and own chunks while round 1 travels, round 1 while round 2 does.
+        assert first == ["sent 1", "tiles", "tiles", "sent 2", "arrived 1", "tiles", "arrived 2", "tiles"]
