@@ -1,7 +1,8 @@
 """Chunks that query tiles choose by their scores, and the summaries that are visited beside what was chosen.
 
-On GPUs these are kernels in Triton (chunks_triton.py), elsewhere PyTorch operations. Both keep to one definition, in
-which neither the number of ranks nor other rows have a part: what a row chooses depends on its own numbers alone.
+On GPUs these are kernels in Triton (chunks_triton.py, summary_pages_triton.py), elsewhere PyTorch operations. Both keep
+to one definition, in which neither the number of ranks nor other rows have a part: what a row chooses depends on its
+own numbers alone.
 """
 
 from __future__ import annotations
@@ -213,9 +214,9 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
         pages int32 [batch, tables, tiles, most], ascending, then -1, and masks int32 [.., most, 1, words] of them.
     """
     if chosen.is_cuda:
-        from distattn.kernels import chunks_triton
+        from distattn.kernels import summary_pages_triton
 
-        return chunks_triton.summary_pages(chosen, position, exists, ladder)
+        return summary_pages_triton.summary_pages(chosen, position, exists, ladder)
     batch, tables, count, _ = chosen.shape
     pages = torch.full((batch, tables, count, ladder.most), -1, dtype=torch.int32)
     masks = torch.zeros((batch, tables, count, ladder.most, 1, ladder.words), dtype=torch.int32)

@@ -23,17 +23,18 @@ from torch import Tensor
 
 import distattn.attend  # noqa: F401  (the module is looked up below: its name is that of its function)
 from distattn import presets
+from distattn.chosen import ChosenChunks
 from distattn.extras import AttentionExtras, Mlp, MlpPool
 from distattn.plan import make_plan
 from distattn.spec import AttentionSpec
 
 ATTEND: Any = sys.modules["distattn.attend"]
 PARTS = {
-    "pool_own": "summaries",
-    "make_summaries": "summaries",
-    "choose": "choice",
-    "chosen_table": "tables",
-    "summary_table": "tables",
+    (ATTEND, "pool_own"): "summaries",
+    (ATTEND, "make_summaries"): "summaries",
+    (ATTEND, "choose"): "choice",
+    (ATTEND, "summary_table"): "tables",
+    (ChosenChunks, "tables"): "tables",
 }
 
 
@@ -77,14 +78,14 @@ class Parts:
         self.device, self.seconds, self.kept = device, dict.fromkeys(PARTS.values(), 0.0), {}
 
     def __enter__(self) -> Parts:
-        for name, part in PARTS.items():
-            self.kept[name] = getattr(ATTEND, name)
-            setattr(ATTEND, name, self._timed(self.kept[name], part))
+        for (owner, name), part in PARTS.items():
+            self.kept[owner, name] = getattr(owner, name)
+            setattr(owner, name, self._timed(self.kept[owner, name], part))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, function in self.kept.items():
-            setattr(ATTEND, name, function)
+        for (owner, name), function in self.kept.items():
+            setattr(owner, name, function)
 
     def _timed(self, function: Callable[..., object], part: str) -> Callable[..., object]:
         def run(*arguments: object) -> object:

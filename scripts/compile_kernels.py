@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from distattn.axis import Axis
-from distattn.kernels import attention, chunks_triton, rows_triton
+from distattn.kernels import attention, chunks_triton, rows_triton, summary_pages_triton
 from distattn.kernels.attention import Biases, Choice, Pages
 from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
 from distattn.kernels.rows import Places
@@ -90,16 +90,19 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
 
 
 def record_choice(q: torch.Tensor) -> None:
-    """Each token chooses of a thousand chunks by the mass of summaries, and visits two levels beside them."""
+    """Each token chooses of a thousand chunks, by products and by the mass of summaries, and visits two levels beside
+    these."""
     chunks, share = 1024, q.shape[2] // 2
-    by = Choosing(chunks, 16, 1, True, ("first", "own"), True, 4, 2, share, 64)
-    own = torch.arange(q.shape[1], dtype=torch.int32) // 64
+    own, allowed = torch.arange(q.shape[1], dtype=torch.int32) // 64, torch.ones(chunks, dtype=torch.bool)
     keys = q[:, :1, :2].repeat(1, chunks * 4, 1, 1)
     choosers = Choosers(q, torch.arange(q.shape[1]).numpy(), own, own * 4)
-    chosen = chunks_triton.choose_chunks(by, choosers, keys, None, torch.ones(chunks, dtype=torch.bool), 0.1)
+    products = Choosing(chunks, 16, 1, True, ("first", "own", "previous"), False, 1, 1, 1, 64)
+    chunks_triton.choose_chunks(products, choosers._replace(until=own), keys[:, :chunks], None, allowed, 0.1)
+    masses = Choosing(chunks, 16, 1, True, ("first", "own"), True, 4, 2, share, 64)
+    chosen = chunks_triton.choose_chunks(masses, choosers, keys, None, allowed, 0.1)
     rungs = [Rung(64, 1024, 0, 4, 4, 16), Rung(1024, 64, 1024, 4, 0, 1)]
     exists = torch.zeros(34, 1, dtype=torch.int32)
-    chunks_triton.summary_pages(chosen, own, exists, Ladder(rungs, True, 64, 32, 34, 20))
+    summary_pages_triton.summary_pages(chosen, own, exists, Ladder(rungs, True, 64, 32, 34, 20))
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

@@ -1,5 +1,6 @@
 """Choosing chunks and what is visited beside them: in PyTorch operations against the definition, in Triton as those."""
 
+import importlib
 import types
 from itertools import product
 
@@ -13,14 +14,21 @@ from distattn.kernels import chunks as in_torch
 from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "chunks_triton"])
 def kernels(request: pytest.FixtureRequest) -> types.ModuleType:
-    if request.param == "torch":
+    return kernels_of(request.param)
+
+
+@pytest.fixture(params=["torch", "summary_pages_triton"])
+def page_kernels(request: pytest.FixtureRequest) -> types.ModuleType:
+    return kernels_of(request.param)
+
+
+def kernels_of(name: str) -> types.ModuleType:
+    if name == "torch":
         return in_torch
     pytest.importorskip("triton")
-    from distattn.kernels import chunks_triton
-
-    return chunks_triton
+    return importlib.import_module(f"distattn.kernels.{name}")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -72,7 +80,8 @@ def test_the_best_chunks_are_chosen(name: str, equal: bool, kernels: types.Modul
     number = np.delete(np.arange(by.chunks * by.rows), np.s_[5:7])
     if kernels is not in_torch:  # several slices, and a row in several parts; the interpreter takes its time
         monkeypatch.setattr(kernels, "_SCRATCH", 1)
-        monkeypatch.setattr(kernels, "_WIDEST", 8 if equal and not by.mass else 16)
+        monkeypatch.setattr(kernels, "_WIDEST", 8 if equal else 16)
+        monkeypatch.setattr(kernels, "_GROUP", 2)
         number = number[[len(number) // 2, -1]]
     columns = by.chunks * by.pieces - (by.overlap - 1)
     batch = 2 if kernels is in_torch else 1
@@ -110,13 +119,13 @@ LADDERS = {
 
 
 @pytest.mark.parametrize("name", LADDERS)
-def test_a_token_is_visited_once(name: str, kernels: types.ModuleType) -> None:
+def test_a_token_is_visited_once(name: str, page_kernels: types.ModuleType) -> None:
     """Of the tokens beyond the window each is in a chosen chunk, or in just one of the summaries that are visited."""
     ladder = LADDERS[name]
     generator = np.random.default_rng(0)
     chunk, (low, *_) = ladder.chunk, ladder.rungs
     length = low.summaries * chunk
-    position = np.arange(0, length, chunk)[:: 1 if kernels is in_torch else 9]
+    position = np.arange(0, length, chunk)[:: 1 if page_kernels is in_torch else 9]
     chosen = np.full((1, 2, len(position), 3), -1)
     for index in np.ndindex(chosen.shape[:3]):
         tile = position[index[2]] // chunk
@@ -133,7 +142,7 @@ def test_a_token_is_visited_once(name: str, kernels: types.ModuleType) -> None:
     words.view(np.uint8)[:, : packed.shape[1]] = packed
     inputs = (chosen.astype(np.int32), position.astype(np.int32), words.view(np.int32))
     pages, masks = (
-        x.cpu().numpy() for x in kernels.summary_pages(*(torch.from_numpy(x).to(DEVICE) for x in inputs), ladder)
+        x.cpu().numpy() for x in page_kernels.summary_pages(*(torch.from_numpy(x).to(DEVICE) for x in inputs), ladder)
     )
     assert pages.shape == (*chosen.shape[:3], ladder.most)
     assert masks.shape == (*pages.shape, 1, ladder.words)
