@@ -1,8 +1,8 @@
 """Chunks that were chosen by the data: what ranks ask of each other, in which rounds it comes, and what tiles visit.
 
 Each chunk comes once a rank, and only to the ranks and heads that chose it. A rank's own chunks need no journey and
-are attended while others are on theirs. These come in one round; but where more than half of all that others have
-would travel, in a round for each other rank, so that two guest buffers of one owner's chunks are enough. (A ring that
+are attended while others are on theirs. These come in one round; but where some rank wants more than half of what the
+others have, in a round for each other rank, so that two guest buffers of one owner's chunks are enough. (A ring that
 passes whole shards on would send no less: from its owner a chunk comes to those alone who chose it.)
 """
 
@@ -24,7 +24,7 @@ from distattn.kernels.selected import SelectedTable
 from distattn.plan import Plan
 from distattn.spans import Ints
 
-# Of all that others have: above this share chunks come in several rounds.
+# Of what other ranks have: if one wants more than this, chunks come in several rounds.
 _MUCH = 0.5
 
 
@@ -189,7 +189,7 @@ class ChosenChunks:
         give_ptr = take_ptr[-1] + np.concatenate(([0], np.cumsum(counts[:, rank])))
         others = [(rank + distance) % world for distance in range(1, world)]
         # The same answer on every rank: all know all counts.
-        if counts.sum() <= _MUCH * self._plan.kv_heads * self._hierarchy.chunks * (world - 1):
+        if counts.sum(axis=1).max() <= _MUCH * self._plan.kv_heads * self._hierarchy.chunks * (world - 1) / world:
             groups = [(sorted(others), sorted(others))]
         else:
             # In round s this rank receives from the one s before it, and sends to the one s after it.
