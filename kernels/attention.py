@@ -1,7 +1,7 @@
 """Attention of query tiles over the pages that a tile table names, forward and backward.
 
 This is the only way to the tile kernels. There are three kinds, and :func:`choose` says which one runs, and why: for
-Hopper GPUs (attention_hopper.py, attention_hopper_backward.py), for any GPU in Triton (attention_triton.py,
+Hopper GPUs (attention_hopper*.py), for any GPU in Triton (attention_triton.py,
 attention_triton_backward.py), and in PyTorch operations (attention_torch.py).
 
 For a query row i and the set P(i) of keys that the table allows, with b_j the bias of a key, or 0,
@@ -85,10 +85,14 @@ def attention_forward(
     if isinstance(table, SelectedTable):
         table.check_rows(own.k.shape[1])
     kernel = choose(q, own, guests, table, out, scale, bias).kernel
-    if kernel == "hopper":
+    if kernel == "hopper" and isinstance(table, SelectedTable):
+        from distattn.kernels import attention_hopper_selected
+
+        attention_hopper_selected.forward(q, own, guests, table, out, lse, scale, resume, bias)
+    elif kernel == "hopper":
         from distattn.kernels import attention_hopper
 
-        assert isinstance(table, TileTable)  # choose says so
+        assert isinstance(table, TileTable)
         attention_hopper.forward(q, own, guests, table, out, lse, scale, resume)
     elif kernel == "triton":
         from distattn.kernels import attention_triton
@@ -132,7 +136,7 @@ def attention_backward(
     if table.is_empty:
         return
     assert (bias is None) == (d_bias is None)
-    kernel = choose(q, own, guests, table, grad_out, scale, bias).kernel
+    kernel = choose(q, own, guests, table, grad_out, scale, bias, backward=True).kernel
     # Only the kernels for Hopper write, and dK and dV only if no key/value head is read through two tables.
     share = q.shape[2] // own.k.shape[2]
     alike = all(len({*table.head_table[h : h + share]}) == 1 for h in range(0, q.shape[2], share))
@@ -183,23 +187,43 @@ def choose(
     rows: Tensor,
     scale: float,
     bias: Biases | None = None,
+    *,
+    backward: bool = False,
 ) -> Choice:
     """Which kernels run on these tensors; ``rows`` is the output, or its gradient."""
-    choice = choose_by_shape(q.device, q.dtype, table.block_q, table.block_k, q.shape[3], own.v.shape[3])
+    selected = isinstance(table, SelectedTable)
+    blocks = (table.block_q, table.block_k)
+    if selected and blocks in ((64, 32), (64, 64), (64, 128)):
+        blocks = (128, 128)  # a tile of two heads, and pages side by side
+    choice = choose_by_shape(q.device, q.dtype, *blocks, q.shape[3], own.v.shape[3])
     if choice.kernel != "hopper":
         return choice
     if scale <= 0:
         return Choice("triton", f"scale is {scale}, not positive")
-    if bias is not None:
-        return Choice("triton", "keys have a bias")
     if isinstance(table, SelectedTable):
-        return Choice("triton", "the tiles were selected on the GPU")
+        if backward:
+            return Choice("triton", "the tiles were selected on the GPU, and this is the backward pass")
+        if table.has_masks and table.mask_rows > 1:
+            return Choice("triton", "the tiles were selected on the GPU, and masks have a row for each query")
+        if rows.dtype != torch.float32:
+            return Choice("triton", "the tiles were selected on the GPU, and the output has 16 bits")
+        if not _heads_in_pairs(table, own.k.shape[2]):
+            return Choice("triton", "the tiles were selected on the GPU, and heads that share them are not pairs")
+    elif bias is not None:
+        return Choice("triton", "keys have a bias")
     from distattn.kernels.walk_hopper import fetchable
 
     fetched = [q, *own, *(guests if guests.k.shape[1] else ()), *([] if rows.dtype == torch.float32 else [rows])]
     if not all(map(fetchable, fetched)):
         return Choice("triton", "the heads of a token are not beside each other in memory, or not aligned to 16 bytes")
     return choice
+
+
+def _heads_in_pairs(table: SelectedTable, kv_heads: int) -> bool:
+    """Whether the query heads of each key/value head can be taken two by two, each pair with one table."""
+    heads = table.head_table
+    share = len(heads) // kv_heads
+    return share % 2 == 0 and all(len({*heads[h : h + share]}) == 1 for h in range(0, len(heads), share))
 
 
 def choose_by_shape(

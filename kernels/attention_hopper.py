@@ -52,16 +52,16 @@ from distattn.kernels.work import query_units, query_work
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
 
-_STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
-_QUERY_BUFFERS = gl.constexpr(2)  # query tiles
+STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
+QUERY_BUFFERS = gl.constexpr(2)  # query tiles
 
 
 @gluon.jit
 def _fetch_page(k, v, guest_k, guest_v, page, own_pages, kv_head, k_h, v_h, guest_k_h, guest_v_h, visit, keys, values):
     k_buffers, k_full, k_empty = keys
     v_buffers, v_full, v_empty = values
-    stage = visit % _STAGES
-    phase = ((visit // _STAGES) & 1) ^ 1
+    stage = visit % STAGES
+    phase = ((visit // STAGES) & 1) ^ 1
     barrier = k_full.index(stage)
     mbarrier.wait(k_empty.index(stage), phase)
     mbarrier.expect(barrier, k.block_type.nbytes)
@@ -91,9 +91,9 @@ def _fetch(
             begin, end, full = partial_range(item)
             run, full_page, left = first_full(item, full_first, full_count)
             page = gl.load(part_page + begin)  # there is one entry more than needed
-            buffer = turn % _QUERY_BUFFERS
+            buffer = turn % QUERY_BUFFERS
             barrier = q_full.index(buffer)
-            mbarrier.wait(q_empty.index(buffer), ((turn // _QUERY_BUFFERS) & 1) ^ 1)
+            mbarrier.wait(q_empty.index(buffer), ((turn // QUERY_BUFFERS) & 1) ^ 1)
             mbarrier.expect(barrier, 2 * q.block_type.nbytes)
             for group in gl.static_range(2):
                 at = row + group * GROUP_ROWS
@@ -116,12 +116,12 @@ def _fetch(
 
 
 @gluon.jit
-def _multiply_keys(query, keys, visit, COLUMNS: gl.constexpr):
+def multiply_keys(query, keys, visit, COLUMNS: gl.constexpr):
     """Issues query x keys of a visit once its page is there."""
     k_buffers, k_full, k_empty = keys
-    stage = visit % _STAGES
+    stage = visit % STAGES
     zero = gl.zeros([GROUP_ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    mbarrier.wait(k_full.index(stage), (visit // _STAGES) & 1)
+    mbarrier.wait(k_full.index(stage), (visit // STAGES) & 1)
     return warpgroup_mma(query, k_buffers.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -135,7 +135,15 @@ def _weights_of(scores, words, high, scale, MASKED: gl.constexpr, COLUMNS: gl.co
 
 
 @gluon.jit
-def _sums(weights):
+def weights_by_line(scores, line, high, scale):
+    """exp2(scale scores + line - new maximum), and the new maximum; line [columns]."""
+    scores = scores * scale + line[None, :]
+    new_high = gl.maximum(high, gl.max(scores, 1))
+    return gl.exp2(scores - new_high[:, None]), new_high
+
+
+@gluon.jit
+def sums_of(weights):
     """[64, 4]: the sum of each row, left as the sums of the four threads that share it; added up once an item."""
     by_thread = gl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
     return gl.sum(gl.sum(by_thread, 3), 1)
@@ -150,11 +158,11 @@ def _step(
     k_buffers, k_full, k_empty = keys
     v_buffers, v_full, v_empty = values
     ACC: gl.constexpr = product_layout(V_DIM)
-    before = (visit - 1) % _STAGES
-    stage = visit % _STAGES
+    before = (visit - 1) % STAGES
+    stage = visit % STAGES
     operand = unpacked(weights, v_buffers.dtype, ACC)
-    scores = _multiply_keys(query, keys, visit, COLUMNS)
-    mbarrier.wait(v_full.index(before), ((visit - 1) // _STAGES) & 1)
+    scores = multiply_keys(query, keys, visit, COLUMNS)
+    mbarrier.wait(v_full.index(before), ((visit - 1) // STAGES) & 1)
     acc = warpgroup_mma(operand, v_buffers.index(before), acc, is_async=True)
     words = 0
     if MASKED:  # loaded here, it delays no product
@@ -163,13 +171,56 @@ def _step(
     mbarrier.arrive(k_empty.index(stage), count=1)
     new_weights, new_high = _weights_of(scores, words, high, scale, MASKED, COLUMNS)
     fade = gl.exp2(high - new_high)
-    sums = _sums(new_weights)
+    sums = sums_of(new_weights)
     total = total * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     weights = packed(new_weights, v_buffers.dtype)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, ACC))[:, None]
     return weights, new_high, total, acc
+
+
+@gluon.jit
+def store_part(slot_out, slot_lse, at, acc, factor, row_lse):
+    """A part of a row that was cut, to rows ``at`` .. of the slots; row_lse in base 2."""
+    SCORES: gl.constexpr = row_lse.type.layout
+    ACC: gl.constexpr = acc.type.layout
+    V_DIM: gl.constexpr = acc.shape[1]
+    gl.store(slot_lse + at + gl.arange(0, GROUP_ROWS, SCORES), row_lse * LN_2)
+    row = at + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ACC)).to(gl.int64)
+    column = gl.arange(0, V_DIM, gl.SliceLayout(0, ACC))
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, ACC))[:, None]
+    gl.store(slot_out + row[:, None] * V_DIM + column[None, :], acc)
+
+
+@gluon.jit
+def store_rows_continued(
+    out, lse, first_row, tokens, out_n, lse_n, acc, factor, row_lse, RESUME: gl.constexpr
+):  # fmt: skip
+    """64 rows of one head, whose float32 output other launches go on with; RESUME: together with what is there."""
+    SCORES: gl.constexpr = row_lse.type.layout
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    row = first_row + gl.arange(0, GROUP_ROWS, SCORES)
+    acc_row = (first_row + gl.arange(0, GROUP_ROWS, BY_ROW)).to(gl.int64)
+    column = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    lse_at = lse + row.to(gl.int64) * lse_n
+    out_at = out + acc_row[:, None] * out_n + column[None, :]
+    out_there = (acc_row < tokens)[:, None] & (column < acc.shape[1])[None, :]
+    if RESUME:
+        before = gl.load(lse_at, mask=row < tokens, other=float("-inf")) * LOG2_E
+        both = gl.maximum(gl.maximum(row_lse, before), LOWEST)
+        share = gl.exp2(before - both)
+        whole = share + gl.exp2(row_lse - both)
+        factor *= gl.exp2(row_lse - both) / gl.where(whole == 0.0, 1.0, whole)
+        share = share / gl.where(whole == 0.0, 1.0, whole)
+        row_lse = both + gl.log2(whole)
+        old = gl.load(out_at, mask=out_there, other=0.0)
+        acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
+        acc += old * gl.convert_layout(share, BY_ROW)[:, None]
+    else:
+        acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
+    gl.store(out_at, acc, mask=out_there)
+    gl.store(lse_at, row_lse * LN_2, mask=row < tokens)
 
 
 @gluon.jit
@@ -188,7 +239,6 @@ def _multiply(
     V_DIM: gl.constexpr = v_buffers.shape[2]
     SCORES: gl.constexpr = product_layout(COLUMNS)
     ACC: gl.constexpr = product_layout(V_DIM)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     visit = 0
     turn = 0
     for first in range(0, numbers, gl.num_programs(0)):
@@ -202,20 +252,20 @@ def _multiply(
             if MASKS:  # fetched early, and whether this item needs it or not
                 first_mask = gl.load(part_mask + begin)
                 mask = gl.load(part_mask + begin + 1)
-            buffer = turn % _QUERY_BUFFERS
+            buffer = turn % QUERY_BUFFERS
             query = q_buffers.index(buffer * 2 + GROUP)
-            mbarrier.wait(q_full.index(buffer), (turn // _QUERY_BUFFERS) & 1)
-            scores = _multiply_keys(query, keys, visit, COLUMNS)
+            mbarrier.wait(q_full.index(buffer), (turn // QUERY_BUFFERS) & 1)
+            scores = multiply_keys(query, keys, visit, COLUMNS)
             if MASKS:
                 words = mask_words(masks, first_mask, GROUP * GROUP_ROWS, 0, COLUMNS)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(visit % _STAGES), count=1)
+            mbarrier.arrive(k_empty.index(visit % STAGES), count=1)
             if MASKS:
                 if begin < end:
                     scores = masked_by(words, scores, "0xff800000", COLUMNS)
             lowest = gl.full([GROUP_ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
             fresh, high = _weights_of(scores, 0, lowest, scale, False, COLUMNS)
-            total = _sums(fresh)
+            total = sums_of(fresh)
             weights = packed(fresh, dtype)
             acc = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, ACC)
             visit += 1
@@ -235,49 +285,30 @@ def _multiply(
                     GROUP, False, COLUMNS, V_DIM,
                 )  # fmt: skip
                 visit += 1
-            last = (visit - 1) % _STAGES
-            mbarrier.wait(v_full.index(last), ((visit - 1) // _STAGES) & 1)
+            last = (visit - 1) % STAGES
+            mbarrier.wait(v_full.index(last), ((visit - 1) // STAGES) & 1)
             acc = warpgroup_mma(unpacked(weights, dtype, ACC), v_buffers.index(last), acc, is_async=True)
             row_total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES))
             row_lse = high + gl.log2(row_total)
             factor = gl.where(row_total == 0.0, 0.0, 1.0 / row_total)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(last), count=1)
-            row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, SCORES))
-            acc_row = (GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, BY_ROW)).to(gl.int64)
-            column = gl.arange(0, V_DIM, gl.SliceLayout(0, ACC))
             if slot >= 0:
-                at = (slot.to(gl.int64) * ALL_HEADS + head) * TILE
-                gl.store(slot_lse + at + row, row_lse * LN_2)
-                acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
-                gl.store(slot_out + (at + acc_row)[:, None] * V_DIM + column[None, :], acc)
+                at = (slot.to(gl.int64) * ALL_HEADS + head) * TILE + GROUP * GROUP_ROWS
+                store_part(slot_out, slot_lse, at, acc, factor, row_lse)
+            elif CONTINUED:
+                store_rows_continued(
+                    out + head * out_h, lse + head * lse_h, tile * TILE + GROUP * GROUP_ROWS, tokens, out_n, lse_n,
+                    acc, factor, row_lse, RESUME,
+                )  # fmt: skip
             else:
-                there = tile * TILE + row < tokens
-                lse_at = lse + (tile * TILE + row).to(gl.int64) * lse_n + head * lse_h
-                if CONTINUED:
-                    out_at = out + (tile * TILE + acc_row)[:, None] * out_n + head * out_h + column[None, :]
-                    out_there = (tile * TILE + acc_row < tokens)[:, None] & (column < V_DIM)[None, :]
-                    if RESUME:
-                        before = gl.load(lse_at, mask=there, other=float("-inf")) * LOG2_E
-                        both = gl.maximum(gl.maximum(row_lse, before), LOWEST)
-                        share = gl.exp2(before - both)
-                        whole = share + gl.exp2(row_lse - both)
-                        factor *= gl.exp2(row_lse - both) / gl.where(whole == 0.0, 1.0, whole)
-                        share = share / gl.where(whole == 0.0, 1.0, whole)
-                        row_lse = both + gl.log2(whole)
-                        old = gl.load(out_at, mask=out_there, other=0.0)
-                        acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
-                        acc += old * gl.convert_layout(share, BY_ROW)[:, None]
-                    else:
-                        acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
-                    gl.store(out_at, acc, mask=out_there)
-                else:
-                    acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
-                    query.store(acc.to(dtype))
-                    fence_async_shared()
-                    tma.async_copy_shared_to_global(out, [tile * TILE + GROUP * GROUP_ROWS, head * out_h], query)
-                    tma.store_wait(0)
-                gl.store(lse_at, row_lse * LN_2, mask=there)
+                row = tile * TILE + GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, SCORES))
+                acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, ACC))[:, None]
+                query.store(acc.to(dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out, [tile * TILE + GROUP * GROUP_ROWS, head * out_h], query)
+                tma.store_wait(0)
+                gl.store(lse + row.to(gl.int64) * lse_n + head * lse_h, row_lse * LN_2, mask=row < tokens)
             mbarrier.arrive(q_empty.index(buffer), count=1)
             turn += 1
 
@@ -296,19 +327,19 @@ def _forward(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     DIM: gl.constexpr = q.block_type.shape[1]
     V_DIM: gl.constexpr = v.block_type.shape[1]
-    q_buffers = gl.allocate_shared_memory(q.dtype, [2 * _QUERY_BUFFERS, GROUP_ROWS, DIM], q.layout)
-    k_buffers = gl.allocate_shared_memory(k.dtype, [_STAGES, TILE, DIM], k.layout)
-    v_buffers = gl.allocate_shared_memory(v.dtype, [_STAGES, TILE, V_DIM], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [_QUERY_BUFFERS, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [_QUERY_BUFFERS, 1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
-    for i in gl.static_range(_QUERY_BUFFERS):
+    q_buffers = gl.allocate_shared_memory(q.dtype, [2 * QUERY_BUFFERS, GROUP_ROWS, DIM], q.layout)
+    k_buffers = gl.allocate_shared_memory(k.dtype, [STAGES, TILE, DIM], k.layout)
+    v_buffers = gl.allocate_shared_memory(v.dtype, [STAGES, TILE, V_DIM], v.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERY_BUFFERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERY_BUFFERS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(QUERY_BUFFERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
-    for i in gl.static_range(_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)

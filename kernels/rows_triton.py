@@ -206,6 +206,7 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None) -> tuple[Tensor,
         _chunk_means[(chunks * heads, batch)](
             x, x if left_out is None else left_out.to(torch.int8), means, counts, rows, chunk, *x.stride(), HEADS=heads,
             DIM=dim, DIM_2=dim_2, SOME_LEFT_OUT=left_out is not None, ROWS=min(64, max(1, 4096 // dim_2)),
+            num_warps=2,  # 3.0 ms for 8.6 GB where four took 5.2
         )  # fmt: skip
     return means, counts
 

@@ -165,14 +165,14 @@ def store_rows(at, stride, rows, values, DIM: gl.constexpr, GROUP: gl.constexpr,
     gl.store(there, values.to(at.dtype.element_ty), mask=exists)
 
 
-def rows_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def rows_descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     """For fetching ``rows`` rows of one head at a time from x [tokens, heads, dim]; see :func:`fetchable`.
 
-    Rows beyond the last are zeros when read and nowhere when written.
+    Rows beyond the last are zeros when read and nowhere when written. columns: of a row, if not all at a time.
     """
     tokens, heads, dim = x.shape
     width = (heads - 1) * x.stride(1) + dim
-    return _descriptor(x, [tokens, width], [x.stride(0), 1], [rows, dim])
+    return _descriptor(x, [tokens, width], [x.stride(0), 1], [rows, columns or dim])
 
 
 def line_descriptor(x: Tensor, length: int) -> TensorDescriptor:
@@ -181,11 +181,12 @@ def line_descriptor(x: Tensor, length: int) -> TensorDescriptor:
 
 
 def _descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(shape), list(strides), block, _shared_layout(tuple(block), x.dtype))
+    return TensorDescriptor(x, list(shape), list(strides), block, shared_layout(tuple(block), x.dtype))
 
 
 @lru_cache
-def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a block that is fetched and multiplied."""
     # Kept: making one takes as long as all else that a descriptor needs, and a launch makes seven.
     return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
 

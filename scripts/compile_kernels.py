@@ -30,6 +30,7 @@ from distattn.kernels import attention, chunks_triton, rows_triton, summary_page
 from distattn.kernels.attention import Biases, Choice, Pages
 from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
 from distattn.kernels.rows import Places
+from distattn.kernels.selected import SelectedTable
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 from distattn.tiles import Extents, assemble, visit
 
@@ -77,6 +78,14 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
         attention.attention_backward(
             q, own, nobody, table, grad, lse, lse, q.float(), *gradients, scale=0.1, bias=bias, d_bias=d_bias
         )
+        if engine == "hopper":  # whole pages, or short ones with masks and a bias
+            masked = dtype == torch.bfloat16
+            page = 32 if masked else 64
+            chosen = torch.zeros(1, tokens // 64, 5, dtype=torch.int32)
+            masks = torch.zeros(1, tokens // 64, 5, 1, 1, dtype=torch.int32) if masked else None
+            some = SelectedTable(64, page, tokens // 64, tokens // page, 0, (0,) * heads, chosen, masks)
+            bias = Biases(own.k[..., 0].float(), nobody.k[..., 0].float()) if masked else None
+            attention.attention_forward(q, own, nobody, some, grad.float(), lse, scale=0.1, resume=True, bias=bias)
         if engine == "triton":
             rows_triton.add_rows(own.k, Places(np.array([[1, 9], [20, 40]]), (1,)), own.k[:, :28, :1])
             rows_triton.merge(q.float(), lse, q.float(), lse)

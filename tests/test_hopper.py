@@ -1,9 +1,13 @@
 """The kernels for Hopper GPUs against the float64 oracle; they run on no other device."""
 
-import pytest
-import torch
-from kernel_cases import Case, check, inputs, run, split, table_of
+import math
 
+import pytest
+import selected_cases
+import torch
+from kernel_cases import DEVICE, Case, check, inputs, run, split, table_of
+
+from distattn import reference
 from distattn.kernels import work
 from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose, row_deltas
 from distattn.patterns import Causal, Dense, Documents, GlobalTokens, Pattern, PerHead, SlidingWindow
@@ -86,6 +90,42 @@ def test_gradients_of_16_bits(name: str, cut: bool, monkeypatch: pytest.MonkeyPa
     attention_backward(q, own, guests, table, grad, wide.lse, delta, dq, d_own, d_guests, scale=it.scale)
     for found, expected in zip((dq, *d_own, *d_guests), (wide.dq, *wide.d_own, *wide.d_guests), strict=True):
         torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-2)
+
+
+SELECTED = {
+    "short pages with masks": selected_cases.Case(300, 64, 32, 4, 2, (0, 0, 1, 1), 5, True, one_row=True),
+    "guests, a bias and a batch": selected_cases.Case(1000, 64, 32, 8, 2, (0,) * 4 + (1,) * 4, 9, True, True, True),
+    "whole pages": selected_cases.Case(640, 64, 64, 6, 1, (0,) * 6, 5, False),
+    "long pages": selected_cases.Case(1024, 64, 128, 2, 1, (0, 0), 3, False),
+    "several items a program": selected_cases.Case(
+        2560, 64, 64, 32, 8, tuple(n // 4 for n in range(32)), 16, True, one_row=True
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", SELECTED)
+def test_what_is_selected_is_attended(name: str, dim: int, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, so that the second time goes on from the first: each key counts twice."""
+    if cut:
+        monkeypatch.setattr(work, "_SHORTEST", 2)
+        monkeypatch.setattr(work, "_LONGEST", 0.0)
+        monkeypatch.setattr("distattn.kernels.attention_hopper_selected.programs_at_once", lambda _: 10_000)
+    case = SELECTED[name]
+    table, allowed = selected_cases.table_of(case)
+    q, k, v, _, _, bias, own, guests, biases = selected_cases.inputs(case, table, dim, torch.bfloat16)
+    out, lse = torch.zeros(q.shape, device=DEVICE), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
+    assert choose(q, own, guests, table, out, 0.3, biases).kernel == "hopper"
+    for _ in range(2):
+        attention_forward(q, own, guests, table, out, lse, scale=0.3, resume=True, bias=biases)
+    if cut:
+        assert {key[0]: found.slots for key, found in table.cache.items()}["query"]  # type: ignore[index]
+    expected, expected_lse = selected_cases.dense(*(x.double() for x in (q, k, v, bias)), allowed, 0.3)
+    seen = expected_lse > -torch.inf
+    assert torch.equal(lse > -torch.inf, seen)
+    assert reference.max_error(out, expected) < 2e-2
+    assert reference.max_error(lse[seen], expected_lse[seen] + math.log(2)) < 1e-3
 
 
 def test_large_scores() -> None:
