@@ -15,3 +15,11 @@ class PlanMismatch(DistattnError, RuntimeError):
 
 class PeerLost(DistattnError, RuntimeError):
     """A rank did not answer within the deadline: it died, froze, or never reached the same call."""
+
+
+class CheckpointError(DistattnError, RuntimeError):
+    """A checkpoint could not be written or read, or is damaged; the message says which, on which rank, and why."""
+
+
+class NotFinite(DistattnError, ArithmeticError):
+    """A loss or a gradient is infinite or not a number; raised on every rank, before parameters are changed by it."""
