@@ -29,6 +29,20 @@ class PrefillConfig(JobConfig):
 
 
 @dataclass
+class TrainConfig(JobConfig):
+    """conf/job/train.yaml."""
+
+    steps: int = MISSING
+    learning_rate: float = MISSING
+    warmup: int = MISSING
+    weight_decay: float = MISSING
+    clip: float | None = MISSING
+    accumulate: int = MISSING
+    save_every: int = MISSING
+    resume: str | None = MISSING
+
+
+@dataclass
 class VerifyConfig(JobConfig):
     """conf/job/verify.yaml."""
 
@@ -145,6 +159,7 @@ def register() -> None:
     for name, node in {
         "config": Config,
         "prefill": PrefillConfig,
+        "train": TrainConfig,
         "verify": VerifyConfig,
         "plan": PlanConfig,
         "custom": CustomJobConfig,

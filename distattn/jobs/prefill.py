@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,11 +20,11 @@ from distattn import hierarchy_rows, reference
 from distattn.attend import Selection
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
-from distattn.errors import ConfigError
 from distattn.exchange import gather_rows, resolve_group
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
-from distattn.jobs.settings import attention_spec, model_config, plan_options
+from distattn.jobs.machine import device_name, peak_bytes, synchronize
+from distattn.jobs.settings import attention_spec, check_decoder, model_config, plan_options
 from distattn.model import DTYPES, Decoder
 from distattn.operators import sent
 from distattn.plan import Plan, make_plan
@@ -38,13 +36,7 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-
 def check(config: Config) -> None:
     """Finds a text that is missing or too short before any process starts."""
     open_corpus(config.data.path, config.data.suffix).require(config.seq_len, config.data.offset)
-    spec = attention_spec(config)
-    learned = any(level.pool != "mean" or level.bias != "count" for level in spec.summaries)
-    if learned or spec.merge == "gate":
-        raise ConfigError(
-            f"attention={config.attention['name']} has gates or pools that are learned; expected one without for "
-            "job=prefill, whose decoder has no such parameters (distattn.nn.Attention has them)"
-        )
+    check_decoder(config)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -64,13 +56,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     planning = time.perf_counter() - started
 
     context.progress("prefill", 0, config.model.layers + 1)
-    _synchronize(context)
+    synchronize(context)
     start = time.perf_counter()
     with torch.no_grad(), _trace(job.trace, context) as save_trace:
         hidden = model(tokens, plans, observe=checker.observe)
         context.progress("loss", config.model.layers, config.model.layers + 1)
         nats = model.loss(hidden, labels).double().sum()
-    _synchronize(context)
+    synchronize(context)
     seconds = time.perf_counter() - start - checker.seconds
     save_trace()
     context.progress("done", config.model.layers + 1, config.model.layers + 1)
@@ -78,7 +70,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     totals = torch.stack((nats.cpu(), (labels != IGNORE).sum().cpu().double()))
     travelled = {kind: n - sent_before.get(kind, 0) for kind, n in sent.sent.items()}
     chosen = travelled.pop("selected", 0)
-    mine = _Rank(plan.tokens, planned, sum(travelled.values()), chosen, _peak_bytes(context), seconds)
+    mine = _Rank(plan.tokens, planned, sum(travelled.values()), chosen, peak_bytes(context), seconds)
     ranks = [mine]
     if context.mesh is not None:
         group = context.mesh.get_group()
@@ -94,7 +86,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     report = {
         "seq_len": config.seq_len,
         "world_size": context.world_size,
-        "device": _device_name(context),
+        "device": device_name(context),
         "dtype": config.model.dtype,
         "layout": plan.layout.name,
         "attention": [p.spec.text for p in plans],
@@ -175,7 +167,7 @@ class _Checker:
         extras: AttentionExtras,
         selection: Selection | None,
     ) -> None:
-        _synchronize(self.context)
+        synchronize(self.context)
         start = time.perf_counter()
         plan = self.plans[layer]
         owner = plan.layout.owner_of(self.positions)
@@ -270,25 +262,6 @@ class _Trace:
 
     def __exit__(self, *error: Any) -> None:
         self.profiler.__exit__(*error)
-
-
-def _synchronize(context: Context) -> None:
-    if context.device.type == "cuda":
-        torch.cuda.synchronize(context.device)
-
-
-def _peak_bytes(context: Context) -> int:
-    """Most memory held: by the CUDA allocator, or by this process."""
-    if context.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(context.device)
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _device_name(context: Context) -> str:
-    if context.device.type == "cuda":
-        return torch.cuda.get_device_name(context.device)
-    return f"CPU, {torch.get_num_threads()} threads a rank"
 
 
 def _text(r: dict[str, Any], folder: Path) -> str:

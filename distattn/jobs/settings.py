@@ -77,6 +77,21 @@ def check_ranks(config: Config, world_size: int) -> None:
         )
 
 
+def check_decoder(config: Config) -> None:
+    """Check that the decoder has all parameters that the attention needs.
+
+    Raises:
+        ConfigError: the attention has some of its own.
+    """
+    spec = attention_spec(config)
+    learned = any(level.pool != "mean" or level.bias != "count" for level in spec.summaries)
+    if learned or spec.merge == "gate":
+        raise ConfigError(
+            f"attention={config.attention['name']} has gates or pools that are learned; expected one without for "
+            f"job={config.job.name}, whose decoder has no such parameters (distattn.nn.Attention has them)"
+        )
+
+
 def plan_options(config: Config) -> dict[str, Any]:
     """The arguments of `make_plan` that do not depend on the rank."""
     return {

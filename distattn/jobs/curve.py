@@ -1,0 +1,81 @@
+"""train.csv: what each step of a training run measured, and no step twice, however often the run was resumed."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step.
+
+    Attributes:
+        step: counted from 1.
+        loss: nats a byte, before the step's update.
+        bits_per_byte: the same in bits.
+        learning_rate: of this step.
+        gradient_norm: over all parameters, before clipping.
+        tokens_per_second: of all ranks together.
+    """
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+
+
+COLUMNS = tuple(one.name for one in fields(Row))
+
+
+def read(path: Path) -> list[Row]:
+    """All rows up to the first that is not whole, which a killed run may leave as its last; none without a file."""
+    if not path.exists():
+        return []
+    rows = []
+    with open(path, newline="") as file:
+        for values in list(csv.reader(file))[1:]:
+            try:
+                step, *numbers = values
+                rows.append(Row(int(step), *map(float, numbers)))
+            except (TypeError, ValueError):
+                break
+    return rows
+
+
+class Curve:
+    """The file, open at its end; use it as a context manager.
+
+    Args:
+        path: of the file; made if it does not exist.
+        step: rows of later steps, by a run that went on without a checkpoint, are cut.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [row for row in read(path) if row.step <= step]
+        aside = path.with_name(f"{path.name}.tmp")
+        with open(aside, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *map(astuple, kept)])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        self._file = open(path, "a", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+
+    def __enter__(self) -> Curve:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, row: Row) -> None:
+        self._writer.writerow(astuple(row))
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Returns when all rows are on the disk: before a checkpoint that stands for them."""
+        os.fsync(self._file.fileno())
