@@ -80,3 +80,21 @@ def sleeps(connection: Connection, argument: str) -> None:
 
 def dies(connection: Connection, argument: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trains_and_stays_in_a_save(config: Config, context: Context) -> None:
+    """job=train, but for a checkpoint at step 8 that is never completed: its files are written and it has no name."""
+    from distattn import checkpoint
+    from distattn.jobs import train
+
+    complete = checkpoint._complete
+
+    def stays(saved: checkpoint.Saved, aside: Any) -> None:
+        if saved.step == 8:
+            context.log("in the middle of a save")
+            time.sleep(1000)
+        complete(saved, aside)
+
+    checkpoint._complete = stays
+    context.log(f"pid {os.getpid()}")
+    train.run(config, context)
