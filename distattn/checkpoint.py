@@ -37,6 +37,9 @@ State = dict[str, Any]
 """Tensors by name, in dictionaries of any depth."""
 
 MANIFEST = "manifest.json"
+VERSIONS = {"distattn": __version__, "torch": str(torch.__version__)}
+"""Of what runs here."""
+
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".tmp"
@@ -97,12 +100,18 @@ def save(
     try:
         _together(group, doing, lambda: _make_room(aside) if rank == 0 else None)
         _with_dcp(doing, lambda: dcp.save(state, storage_writer=_Writer(aside), **_among(group)))
+        seen = _together(group, doing, lambda: sorted(os.listdir(aside)))
+        for other, theirs in enumerate(seen):
+            if lost := {*theirs} - {*seen[0]}:
+                raise CheckpointError(
+                    f"{doing}: rank {other} wrote {min(lost)}, which rank 0 does not see; expected a folder that all "
+                    "ranks share"
+                )
         # Each rank reads a share of the files again, whoever wrote them.
-        shares = _together(group, doing, lambda: _sums(aside, sorted(os.listdir(aside))[rank::world_size]))
+        shares = _together(group, doing, lambda: _sums(aside, seen[0][rank::world_size]))
         files = {name: one for share in shares for name, one in sorted(share.items())}
         plain = json.loads(json.dumps(dict(settings)))
-        versions = {"distattn": __version__, "torch": torch.__version__}
-        saved = Saved(path, step, world_size, plain, digest(plain), versions, files)
+        saved = Saved(path, step, world_size, plain, digest(plain), VERSIONS, files)
         _together(group, doing, lambda: _complete(saved, aside) if rank == 0 else None)
     except CheckpointError:
         if rank == 0:
@@ -194,7 +203,7 @@ def on_first(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     """What `work` returns on the first rank of the group, on every rank.
 
     Raises:
-        DistattnError: what it raised there, on every rank.
+        DistattnError, OSError: what it raised there, on every rank.
         PeerLost: a rank ended or did not answer.
     """
     rank, _ = _place(group)
@@ -202,7 +211,7 @@ def on_first(group: dist.ProcessGroup | None, work: Callable[[], T]) -> T:
     if rank == 0:
         try:
             outcome = [(work(), None)]
-        except DistattnError as error:
+        except (DistattnError, OSError) as error:
             outcome = [(None, error)]
     if group is not None:
         try:

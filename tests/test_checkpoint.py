@@ -195,6 +195,20 @@ def test_a_full_disk_is_named(two: Path, monkeypatch: pytest.MonkeyPatch, call: 
     kept_as_before(two)
 
 
+def save_apart(context: Context, folder: str) -> None:
+    assert context.mesh is not None
+    own = Path(folder) / str(context.rank)
+    checkpoint.save(own, 1, state_of(1), group=context.mesh.get_group(), settings={}, previous=None)
+
+
+def test_ranks_that_do_not_share_the_folder_are_told(ranks: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(RankError) as failed:
+        ranks(2, save_apart, str(tmp_path))
+    for error in failed.value.errors.values():
+        assert "rank 1 wrote __1_0.distcp, which rank 0 does not see" in str(error)
+    assert not names(tmp_path / "0") and len(failed.value.errors) == 2
+
+
 def save_shards(context: Context, folder: str) -> None:
     whole = torch.arange(77.0).reshape(11, 7)
     state = {"sharded": distribute_tensor(whole, context.mesh, [Shard(0)]), "alike": whole.double()}

@@ -227,8 +227,26 @@ def test_windows_differ_and_have_a_next_byte() -> None:
     starts = [train.window_start(config, length, step, part) for step in range(1, 60) for part in range(2)]
     assert {*starts} == {*range(100, 105)}
     assert starts == [train.window_start(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert starts[::2] != starts[1::2]  # of the two windows of a step
     other = config_of("data.offset=100", "seed=1")
     assert starts != [train.window_start(other, length, step, part) for step in range(1, 60) for part in range(2)]
+
+
+HIERARCHICAL = ["attention=hierarchical", "attention.window=32", "attention.chunks=[16,64]", "attention.reach=[2]"]
+
+
+def test_chosen_chunks_too_are_the_same_after_a_stop(ranks: RankPool, tmp_path: Path) -> None:
+    curves = {}
+    for count, stop in ((1, None), (2, None), (2, 6)):
+        folder = tmp_path / f"{count} {stop}"
+        folder.mkdir()
+        ranks(count, run, str(folder), HIERARCHICAL, stop)
+        if stop:
+            assert ranks(count, run, str(folder), HIERARCHICAL)[0]["result"]["resumed_after"] == 4
+        curves[count, stop] = curve_of(folder)
+    assert curves[2, None] == curves[2, 6]
+    for mine, theirs in zip(curves[1, None], curves[2, None], strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7, 10])
@@ -356,6 +374,14 @@ def test_a_run_may_begin_with_another_ones_checkpoint(tmp_path: Path, whole: dic
     assert type(wider) is ConfigError and "model.hidden was 48 and is 64; expected a checkpoint of the same" in str(
         wider
     )
+
+
+def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "VERSIONS", {"distattn": "0.0.1", "torch": "1.0"})
+        own_run(tmp_path, "job.steps=1", "job.warmup=0")
+    said = own_run(tmp_path, "job.steps=1", "job.warmup=0")["lines"]
+    assert "was made with {'distattn': '0.0.1', 'torch': '1.0'}, and this is {" in said[0] and len(said) == 2
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,8 @@ def beginning(folder: Path, job: TrainConfig, settings: dict[str, Any], log: Cal
         raise ConfigError(f"job.steps is {job.steps}, but {saved.path} is of step {saved.step}; expected more steps")
     if differ:
         log(f"the checkpoint {saved.path} is of another run: {said}")
+    if saved.versions != checkpoint.VERSIONS:
+        log(f"the checkpoint {saved.path} was made with {saved.versions}, and this is {checkpoint.VERSIONS}")
     return saved
 
 
