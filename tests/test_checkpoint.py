@@ -195,6 +195,29 @@ def test_a_full_disk_is_named(two: Path, monkeypatch: pytest.MonkeyPatch, call: 
     kept_as_before(two)
 
 
+def save_where_one_cannot_read(context: Context, folder: str) -> str:
+    def broken(*args: object) -> dict[str, tuple[int, int]]:
+        raise OSError(5, os.strerror(5))
+
+    assert context.mesh is not None
+    sums = checkpoint._sums
+    if context.rank == 1:
+        checkpoint._sums = broken
+    try:
+        checkpoint.save(Path(folder), 3, state_of(3), group=context.mesh.get_group(), settings={}, previous=None)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint._sums = sums
+    return "saved"
+
+
+def test_what_cannot_be_read_again_is_not_saved(ranks: RankPool, two: Path) -> None:
+    said = ranks(3, save_where_one_cannot_read, str(two))
+    assert len({*said}) == 1 and "step-00000003 cannot be written: rank 1: [Errno 5] Input/output error" in said[0]
+    kept_as_before(two)
+
+
 def save_apart(context: Context, folder: str) -> None:
     assert context.mesh is not None
     own = Path(folder) / str(context.rank)
