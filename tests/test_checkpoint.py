@@ -266,6 +266,8 @@ def first_fails(context: Context, how: str) -> int:
         assert context.rank == 0
         if how == "fails":
             raise CheckpointError("on the first")
+        if how == "is refused":
+            raise PermissionError("on the first")
         return 7
 
     return checkpoint.on_first(context.mesh.get_group(), work)  # type: ignore[union-attr]
@@ -273,6 +275,7 @@ def first_fails(context: Context, how: str) -> int:
 
 def test_what_the_first_rank_finds_all_get(ranks: RankPool) -> None:
     assert ranks(2, first_fails, "works") == [7, 7]
-    with pytest.raises(RankError, match="on the first") as failed:
-        ranks(2, first_fails, "fails")
-    assert [type(error) for error in failed.value.errors.values()] == [CheckpointError] * 2
+    for how, kind in (("fails", CheckpointError), ("is refused", PermissionError)):
+        with pytest.raises(RankError, match="on the first") as failed:
+            ranks(2, first_fails, how)
+        assert [type(error) for error in failed.value.errors.values()] == [kind] * 2
