@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rank_pool import RankPool
@@ -29,6 +30,7 @@ from distattn.jobs.context import Context
 from distattn.jobs.curve import Curve, Row, read
 from distattn.jobs.settings import attention_spec, plan_options
 from distattn.launch.local import rank_environment
+from distattn.launch.processes import Exit, Message, Processes
 from distattn.model import Decoder, ModelConfig
 from distattn.plan import make_plan
 
@@ -331,6 +333,28 @@ def test_bfloat16_arithmetic_with_float32_parameters(whole: dict[int, Path], tmp
     expected = [row[1] for row in curve_of(whole[1])[:5]]
     assert losses == pytest.approx(expected, abs=0.03)
     assert max(abs(mine - theirs) for mine, theirs in zip(losses, expected, strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["writing", *(pytest.param(where, marks=pytest.mark.full) for where in ("gradients", "reading again"))],
+)
+def test_a_rank_that_dies_is_named_to_the_others(tmp_path: Path, where: str) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    config = config_of("job.steps=1", "job.warmup=0")
+    seats = [(config, rank, store.port, where, tmp_path) for rank in range(2)]
+    events: list[tuple[int, object]] = []
+    end = time.monotonic() + PATIENCE
+    with Processes("trial_jobs:loses_a_peer_in_training", seats, rank_environment()) as processes:
+        while sum(isinstance(event, Exit) for _, event in events) < 2 and time.monotonic() < end:
+            events += processes.poll(1.0)
+    assert (1, Exit(9)) in events and (0, Exit(0)) in events, events
+    ((kind, text),) = [event.value for rank, event in events if rank == 0 and isinstance(event, Message)]
+    assert (
+        kind == "PeerLost"
+        and ("step 1: rank 0: summing gradients" if where == "gradients" else "a peer was lost") in text
+    )
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*")] in ([], ["step-00000001.tmp"])
 
 
 # What a run begins with

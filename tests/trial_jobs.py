@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from distattn.launch.processes import receive, send
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from distattn.conf.schema import Config
     from distattn.jobs.context import Context
 
@@ -98,3 +100,42 @@ def trains_and_stays_in_a_save(config: Config, context: Context) -> None:
     checkpoint._complete = stays
     context.log(f"pid {os.getpid()}")
     train.run(config, context)
+
+
+def loses_a_peer_in_training(connection: Connection, seat: tuple[Config, int, int, str, Path]) -> None:
+    """One of two ranks: the second leaves as gradients are summed, or in a save; the first says what it gets."""
+    import torch.distributed as dist
+
+    from distattn import checkpoint
+    from distattn.errors import DistattnError
+    from distattn.jobs import train
+    from distattn.launch.ranks import join
+
+    config, rank, port, where, folder = seat
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    context = join(rank, 2, rank, 2, "cpu", store, 60.0, folder, _Nobody())
+
+    def leave(*arguments: object) -> Any:
+        os._exit(9)
+
+    if rank == 1:
+        match where:
+            case "gradients":
+                train.sum_gradients = leave
+            case "writing":
+                checkpoint._Writer.write_data = leave  # type: ignore[method-assign]
+            case "reading again":
+                checkpoint._sums = leave
+    try:
+        train.run(config, context)
+    except DistattnError as error:
+        send(connection, (type(error).__name__, str(error)))
+        os._exit(0)
+
+
+class _Nobody:
+    def progress(self, *arguments: object) -> None:
+        pass
+
+    def log(self, text: str) -> None:
+        pass

@@ -27,7 +27,7 @@ from distattn import checkpoint
 from distattn.checkpoint import Saved
 from distattn.conf.schema import Config, TrainConfig
 from distattn.data import Corpus, open_corpus
-from distattn.errors import CheckpointError, ConfigError, NotFinite
+from distattn.errors import CheckpointError, ConfigError, NotFinite, PeerLost
 from distattn.jobs.context import Context
 from distattn.jobs.curve import Curve, Row, read
 from distattn.jobs.machine import device_name, peak_bytes
@@ -190,6 +190,7 @@ class Trainer:
 
         Raises:
             NotFinite: the loss or the gradient is, on every rank; parameters and optimiser are as before.
+            PeerLost: a rank ended or did not answer; `attend` raises it too.
         """
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,8 +198,11 @@ class Trainer:
         for part in range(self.job.accumulate):
             nats += self._learn(window_start(self.config, len(self.corpus), step, part))
         if self.group is not None:
-            dist.all_reduce(nats, group=self.group)
-            sum_gradients(self.parameters, self.group)
+            try:
+                dist.all_reduce(nats, group=self.group)
+                sum_gradients(self.parameters, self.group)
+            except RuntimeError as error:
+                raise PeerLost(f"step {step}: rank {self.context.rank}: summing gradients failed: {error}") from error
         loss = nats.item() / self.tokens
         most = math.inf if self.job.clip is None else self.job.clip
         norm = clip_grad_norm_(self.parameters, most).item()
