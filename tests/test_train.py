@@ -27,7 +27,7 @@ from distattn.data import open_corpus
 from distattn.errors import CheckpointError, ConfigError, DistattnError, NotFinite
 from distattn.jobs import train
 from distattn.jobs.context import Context
-from distattn.jobs.curve import Curve, Row, read
+from distattn.jobs.curve import Row, read
 from distattn.jobs.settings import attention_spec, plan_options
 from distattn.launch.local import rank_environment
 from distattn.launch.processes import Exit, Message, Processes
@@ -440,23 +440,6 @@ def test_a_window_needs_one_byte_more(tmp_path: Path) -> None:
     train.check(config_of(f"data.path={path}"))
     with pytest.raises(ConfigError, match="seq_len is 302 bytes, all that .* has; expected at least one byte more"):
         train.check(config_of(f"data.path={path}", "seq_len=302"))
-
-
-def test_the_curve_is_cut_where_a_run_resumes(tmp_path: Path) -> None:
-    path = tmp_path / train.CURVE
-    assert read(path) == []
-    rows = [Row(step, 0.1 * step, 1 / 3, 1e-30, math.inf, 5.0) for step in range(1, 6)]
-    with Curve(path, 0) as curve:
-        for row in rows:
-            curve.add(row)
-    assert read(path) == rows
-    path.write_text(path.read_text()[:-40] + "\n")  # torn in the middle of the last row
-    assert read(path) == rows[:4]
-    with Curve(path, 2) as curve:
-        curve.add(rows[2])
-        curve.flush()
-    assert read(path) == rows[:3]
-    assert os.listdir(tmp_path) == [train.CURVE]
 
 
 # The command
