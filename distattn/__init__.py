@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distattn import nn, patterns, presets, reference
     from distattn.attend import Selection, attend, select
-    from distattn.errors import ConfigError, DistattnError, PeerLost, PlanMismatch
+    from distattn.errors import ConfigError, DistattnError, PeerLost, PlanMismatch, StepTimeout
     from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
     from distattn.plan import Plan, make_plan
     from distattn.spec import AttentionSpec, Delta, Summaries, TopChunks, chunk_window
@@ -38,6 +38,7 @@ __all__ = [
     "Plan",
     "PlanMismatch",
     "Selection",
+    "StepTimeout",
     "Summaries",
     "TopChunks",
     "attend",
@@ -59,6 +60,7 @@ _MODULE_OF = {
     "PeerLost": "errors",
     "Plan": "plan",
     "PlanMismatch": "errors",
+    "StepTimeout": "errors",
     "Delta": "spec",
     "Mlp": "extras",
     "MlpPool": "extras",

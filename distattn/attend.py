@@ -96,8 +96,10 @@ def attend(
     Raises:
         ConfigError: (a ValueError) a shape, dtype or device is not what the plan says, the extras are not those that
             its spec needs, or an LSE is asked for where there is none: of several softmaxes, or of a corrected result.
-        PlanMismatch: ranks disagree on the plan, the shapes or the dtypes. Nothing has been sent.
-        PeerLost: a rank did not answer.
+        PlanMismatch: ranks disagree on the plan, the shapes, the dtypes or the versions, and nothing has been sent; or
+            on which exchange comes next.
+        PeerLost: a rank is gone.
+        StepTimeout: a rank is frozen or too slow; see :func:`distattn.watch.set_deadline`.
     """
     extras = extras or AttentionExtras()
     why = _refusal(q, k, v, plan) or _extras_refusal(q, k, plan, extras, selection, return_lse)

@@ -136,7 +136,7 @@ class ChosenChunks:
                 pages[:, slot, :, to_head] = part.view(-1, batch, chunk, x.shape[3])
 
         sizes = {peer: count * sum(widths) for peer, count in some.take_from.items()}
-        return self._send(_flat(rows, some.give_to), sizes, rows, arrive)
+        return self._send("bring", _flat(rows, some.give_to), sizes, rows, arrive)
 
     def take_home(self, number: int, d_guests: Pages, d_own: Pages) -> Pending:
         """Starts to send the gradients of a round's guests to the owners, who add them to ``d_own``."""
@@ -161,10 +161,10 @@ class ChosenChunks:
                 first += count
 
         sizes = {peer: count * sum(widths) for peer, count in some.give_to.items()}
-        return self._send(_flat(rows, some.take_from), sizes, rows, arrive)
+        return self._send("return", _flat(rows, some.take_from), sizes, rows, arrive)
 
-    def _send(self, sends, sizes, like, arrive) -> Pending:  # type: ignore[no-untyped-def]
-        return self._exchange.send("selected", sends, sizes, like, arrive, pairs=not self.comes_at_once)
+    def _send(self, way, sends, sizes, like, arrive) -> Pending:  # type: ignore[no-untyped-def]
+        return self._exchange.send(way, "selected", sends, sizes, like, arrive, pairs=not self.comes_at_once)
 
     def _ask(self) -> Tensor:
         hierarchy, plan, chosen = self._hierarchy, self._plan, self._chosen

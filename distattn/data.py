@@ -1,8 +1,8 @@
 """Real text as one long sequence of bytes, of which every rank reads only its own shard.
 
 A `Corpus` is a list of files laid end to end, in the order of their names, with nothing between them. A token
-is a byte, so positions are byte offsets and no tokenizer or index is needed. Files are mapped into memory and
-only the pages that a read asks for are touched.
+is a byte, so positions are byte offsets and no tokenizer or index is needed. Only the bytes that a read asks for
+are read.
 """
 
 import hashlib
@@ -27,11 +27,15 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})  # inside the standar
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of a corpus: where it is, its name (the path below the source), its size in bytes, > 0."""
+    """One file of a corpus: where it is, its name (the path below the source), its size in bytes, > 0.
+
+    modified: when, in ns since 1970, as its file system says; None: whatever it says is fine.
+    """
 
     path: Path
     name: str
     size: int
+    modified: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,13 @@ class Corpus:
 
         Raises:
             ValueError: the range does not lie inside the corpus.
-            ConfigError: a file has shrunk or gone since the corpus was opened.
+            ConfigError: a file has changed or gone since the corpus was opened, or while it was read.
         """
         self._check_range(start, stop)
         out = np.empty(stop - start, dtype=np.uint8)
         for index, first, last in self._pieces(start, stop):
             file, begin = self.files[index], int(self.starts[index])
-            try:
-                text = np.memmap(file.path, dtype=np.uint8, mode="r", shape=(file.size,))
-            except (OSError, ValueError) as error:  # ValueError: the file is shorter than the shape
-                raise ConfigError(f"cannot read {file.size:,} bytes of {file.path}: {error}") from error
-            out[first - start : last - start] = text[first - begin : last - begin]
+            out[first - start : last - start] = _read(file, first - begin, last - begin)
         return out
 
     def read_segments(self, segments: Iterable[tuple[int, int]], offset: int = 0) -> NDArray[np.uint8]:
@@ -261,7 +261,22 @@ def _text_files(folder: Path, names: Iterable[str]) -> Iterator[TextFile]:
             continue
         if not os.access(path, os.R_OK):
             raise ConfigError(f"source has the file {str(path)!r}, which this user may not read")
-        yield TextFile(path, name, status.st_size)
+        yield TextFile(path, name, status.st_size, status.st_mtime_ns)
+
+
+def _read(file: TextFile, first: int, last: int) -> NDArray[np.uint8]:
+    """The bytes [first, last) of a file. It is not mapped: touching what was cut off later would end the process."""
+    try:
+        with open(file.path, "rb", buffering=0) as opened:
+            text = np.fromfile(opened, np.uint8, count=last - first, offset=first)
+            status = os.fstat(opened.fileno())
+    except OSError as error:
+        raise ConfigError(f"cannot read {file.size:,} bytes of {file.path}: {error}") from error
+    if status.st_size != file.size or len(text) < last - first:
+        raise ConfigError(f"cannot read {file.size:,} bytes of {file.path}: it has {status.st_size:,} now")
+    if file.modified not in (None, status.st_mtime_ns):
+        raise ConfigError(f"cannot read {file.size:,} bytes of {file.path}: it was changed after the job began")
+    return text
 
 
 def _encode(name: str) -> bytes:

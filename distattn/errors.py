@@ -10,11 +10,19 @@ class ConfigError(DistattnError, ValueError):
 
 
 class PlanMismatch(DistattnError, RuntimeError):
-    """Ranks disagree on the plan, the shapes or the dtypes; raised on every rank before anything is sent."""
+    """Ranks disagree on the plan, the shapes, the dtypes, the versions, or on which exchange comes next.
+
+    Raised on every rank; before anything is sent, unless a rank leaves out an exchange, or adds one, of a plan that was
+    agreed on.
+    """
 
 
 class PeerLost(DistattnError, RuntimeError):
-    """A rank did not answer within the deadline: it died, froze, or never reached the same call."""
+    """A rank is gone: its connections broke, it failed, or it was not heard of where ranks meet."""
+
+
+class StepTimeout(DistattnError, RuntimeError):
+    """An exchange did not end within its deadline: a rank is frozen, or too slow."""
 
 
 class CheckpointError(DistattnError, RuntimeError):

@@ -7,21 +7,34 @@ torch.distributed; the plan foretells the same number.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.errors import PeerLost, PlanMismatch
 from distattn.kernels.rows import pack_rows, split_rows, unpack_rows
 from distattn.messages import Message, Transfer
+from distattn.watch import Stage, Watch, watch_of
 
 # PyTorch 2.13 renamed it, and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+before_stage: Callable[[int, str], None] | None = None
+"""For tests of faults: called before each exchange starts, with this rank and what it is about to exchange."""
+
+
+def begin(watch: Watch, what: str, on_gpu: bool) -> Stage:
+    """Every exchange begins here; its operations are started ``with`` the stage, and ``stage.wait(works)`` ends it.
+
+    Args:
+        what: equal on all ranks.
+        on_gpu: where the tensors are.
+    """
+    if before_stage is not None:
+        before_stage(watch.rank, what)
+    return watch.enter(what, on_gpu)
 
 
 @dataclass
@@ -57,10 +70,13 @@ class Exchange:
         group_name: of the process group; None where there is one rank, and rows only move locally.
         rank: of this process in the group.
         counter: where bytes are counted.
+        plan: what errors name it by.
     """
 
-    def __init__(self, group_name: str | None, rank: int, counter: Counter) -> None:
+    def __init__(self, group_name: str | None, rank: int, counter: Counter, plan: str = "") -> None:
         self.group = None if group_name is None else resolve_group(group_name)
+        self.watch = None if group_name is None else watch_of(group_name)
+        self.plan = plan[:8]
         self.rank = rank
         self.world_size = 1 if self.group is None else self.group.size()
         self.counter = counter
@@ -81,6 +97,7 @@ class Exchange:
         sends = _by_peer(transfer.sends, self.rank, lambda m: pack_rows(sources, m.places))
         sizes = _sizes(transfer.receives, self.rank, targets)
         return self.send(
+            "bring",
             transfer.kind,
             sends,
             sizes,
@@ -115,7 +132,7 @@ class Exchange:
                 receive(message, split_rows(guests, message.places, flat))
 
         kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
-        return self.send(kind, sends, sizes, guests[0], deliver, pairs=kind == "neighbours")
+        return self.send("return", kind, sends, sizes, guests[0], deliver, pairs=kind == "neighbours")
 
     def ask(self, requests: Tensor, counts: list[int], kind: str) -> tuple[Tensor, Tensor]:
         """Tells every rank what is asked of it.
@@ -128,22 +145,18 @@ class Exchange:
             int64 [ranks, ranks] on the host, how many each rank asks of each; and int64 [m, width], what this rank is
             asked for, by who asks. Waits for the device.
         """
-        assert self.group is not None
-        mine = torch.tensor(counts, device=requests.device)
-        every = mine.new_empty(self.world_size * self.world_size)
-        self._wait([_all_gather_single(every, mine, group=self.group, async_op=True)])
-        self.counter.add(kind, mine.nbytes * (self.world_size - 1))
-        matrix, width = every.view(self.world_size, -1).cpu(), requests.shape[1]
-        found: list[Tensor] = []
-        self.send(
-            kind,
-            {peer: part.flatten() for peer, part in enumerate(requests.split(counts)) if len(part)},
-            {peer: count * width for peer, count in enumerate(matrix[:, self.rank].tolist()) if count},
-            requests,
-            lambda got: found.extend(part.view(-1, width) for part in got.values()),
-            pairs=False,
-        ).wait()
-        return matrix, torch.cat(found)
+        mine, peers = torch.tensor(counts, device=requests.device), [*range(self.world_size)]
+        peers.remove(self.rank)
+        sizes = dict.fromkeys(peers, len(counts))
+        found: dict[int, Tensor] = {}
+        self.send("count", kind, dict.fromkeys(peers, mine), sizes, mine, found.update, pairs=False).wait()
+        found[self.rank] = mine
+        matrix, width = torch.stack([found[rank] for rank in range(self.world_size)]).cpu(), requests.shape[1]
+        sends = {peer: part.flatten() for peer, part in enumerate(requests.split(counts)) if len(part)}
+        sizes = {peer: count * width for peer, count in enumerate(matrix[:, self.rank].tolist()) if count}
+        self.send("ask", kind, sends, sizes, requests, found.update, pairs=False).wait()
+        asked = [found[peer].view(-1, width) for peer in sizes]
+        return matrix, torch.cat(asked) if asked else requests[:0]
 
     def _all_gather(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
         mine = pack_rows(sources, transfer.sends[0].places)
@@ -153,19 +166,42 @@ class Exchange:
         per_row = len(transfer.sends[0].kv_heads) * _width(sources)
         padded = mine.new_zeros(transfer.chunk * per_row)
         padded[: mine.numel()] = mine
+
+        def place(got: dict[int, Tensor]) -> None:
+            for message in transfer.receives:
+                unpack_rows(targets, message.places, got[message.peer][: message.count * per_row])
+
+        if not mine.is_cuda:
+            peers = [peer for peer in range(self.world_size) if peer != self.rank]
+            sizes = dict.fromkeys(peers, padded.numel())
+            return self.send(
+                "bring",
+                "all_gather",
+                dict.fromkeys(peers, padded),
+                sizes,
+                mine,
+                lambda x: place({**x, self.rank: mine}),
+                pairs=True,
+            )
         every = mine.new_empty(self.world_size * padded.numel())
-        work = _all_gather_single(every, padded, group=self.group, async_op=True)
+        stage = self._begin("bring", "all_gather", mine)
+        with stage:
+            work = _all_gather_single(every, padded, group=self.group, async_op=True)
         self.counter.add("all_gather", padded.nbytes * (self.world_size - 1))
 
         def finish() -> None:
-            self._wait([work])
-            for message, chunk in ((m, every.view(self.world_size, -1)[m.peer]) for m in transfer.receives):
-                unpack_rows(targets, message.places, chunk[: message.count * per_row])
+            stage.wait([work])
+            place(dict(enumerate(every.view(self.world_size, -1))))
 
         return Pending(finish)
 
+    def _begin(self, way: str, kind: str, like: Tensor) -> Stage:
+        assert self.watch is not None
+        return begin(self.watch, f"{way} {kind}, plan {self.plan}", like.is_cuda)
+
     def send(
         self,
+        way: str,
         kind: str,
         sends: dict[int, Tensor],
         sizes: dict[int, int],
@@ -176,42 +212,38 @@ class Exchange:
     ) -> Pending:
         """Starts to send flat tensors to peers and to receive ``sizes`` elements of the dtype of ``like`` from each.
 
-        kind: under which the bytes are counted. deliver: gets what came, by peer. pairs: peer by peer, where there are
-        few of them; else in one collective, in which all ranks take part.
+        On CPUs it is always pair by pair: there messages carry a tag made of all exchanges so far, so that ranks that
+        differ in these wait in vain, and never take what was meant for something else.
+
+        Args:
+            way: what it is for, as errors name it. kind: under which the bytes are counted.
+            deliver: gets what came, by peer.
+            pairs: peer by peer, where there are few of them; else in one collective, in which all ranks take part.
         """
         if self.group is None:
             return Pending(lambda: deliver({}))
+        stage = self._begin(way, kind, like)
         self.counter.add(kind, sum(x.nbytes for x in sends.values()))
-        if pairs:
+        if pairs or not like.is_cuda:
             got = {peer: like.new_empty(size) for peer, size in sizes.items()}
-            operations = [
-                dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sorted(sends.items())
-            ] + [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in sorted(got.items())]
-            works = dist.batch_isend_irecv(operations) if operations else []
+            works = _start_pairs(stage, self.group, sends, got)
             keep = list(sends.values())
         else:
             ranks = range(self.world_size)
             flat = torch.cat([sends[r] for r in ranks if r in sends]) if sends else like.new_empty(0)
             out_sizes, in_sizes = [sizes.get(r, 0) for r in ranks], [_numel(sends.get(r)) for r in ranks]
             every = like.new_empty(sum(out_sizes))
-            works = [dist.all_to_all_single(every, flat, out_sizes, in_sizes, group=self.group, async_op=True)]
+            with stage:
+                works = [dist.all_to_all_single(every, flat, out_sizes, in_sizes, group=self.group, async_op=True)]
             got = dict(zip(ranks, every.split(out_sizes), strict=True))
             keep = [flat]
 
         def finish() -> None:
-            self._wait(works)
+            stage.wait(works)
             keep.clear()
             deliver(got)
 
         return Pending(finish)
-
-    def _wait(self, works: Sequence[dist.Work | None]) -> None:
-        try:
-            for work in works:
-                if work is not None:
-                    work.wait()
-        except RuntimeError as error:
-            raise PeerLost(f"rank {self.rank}: an exchange failed: {error}") from error
 
     def _place(self, transfer: Transfer, targets: Sequence[Tensor], got: dict[int, Tensor]) -> None:
         for message in transfer.receives:
@@ -220,6 +252,19 @@ class Exchange:
             size = message.count * len(message.kv_heads) * _width(targets)
             flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
             unpack_rows(targets, message.places, flat)
+
+
+def _start_pairs(
+    stage: Stage, group: dist.ProcessGroup, sends: dict[int, Tensor], receives: dict[int, Tensor]
+) -> list[dist.Work]:
+    """Starts to send tensors to peers and to receive others, by peer."""
+    operations = [
+        dist.P2POp(operation, x, group=group, tag=stage.tag, group_peer=peer)
+        for operation, by_peer in ((dist.isend, sends), (dist.irecv, receives))
+        for peer, x in sorted(by_peer.items())
+    ]
+    with stage:
+        return dist.batch_isend_irecv(operations) if operations else []
 
 
 def _width(tensors: Sequence[Tensor]) -> int:
@@ -266,62 +311,23 @@ def resolve_group(group_name: str) -> dist.ProcessGroup:
 
 
 def gather_rows(x: Tensor, counts: list[int], group_name: str | None) -> list[Tensor]:
-    """Every rank's rows [counts[rank], ...], on every rank."""
+    """Every rank's rows [counts[rank], ...], on every rank.
+
+    Raises:
+        PeerLost, StepTimeout, PlanMismatch: as every exchange.
+    """
     assert group_name is not None
+    stage = begin(watch_of(group_name), f"gather rows of {list(x.shape[1:])}, {x.dtype}", x.is_cuda)
     group = resolve_group(group_name)
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: x.shape[0]] = x
     every = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(every, padded, group=group)
+    if x.is_cuda:
+        with stage:
+            works = [dist.all_gather(every, padded, group=group, async_op=True)]
+    else:
+        every[group.rank()] = padded
+        others = {peer: part for peer, part in enumerate(every) if part is not padded}
+        works = _start_pairs(stage, group, dict.fromkeys(others, padded), others)
+    stage.wait(works)
     return [part[:count] for part, count in zip(every, counts, strict=True)]
-
-
-class Agreement:
-    """Lets ranks compare what they are about to do before the first exchange, through the rendezvous store.
-
-    A collective could itself mismatch; the store cannot. Each rank posts a line for its n-th agreement in a group and
-    reads everybody's. One that cannot go on posts why, and all raise.
-    """
-
-    def __init__(self) -> None:
-        self._calls: dict[str, int] = {}
-        self._agreed: set[tuple[str, str]] = set()
-
-    def seek(self, group_name: str, what: str, deadline: float) -> None:
-        """Returns when all ranks of the group have said the same.
-
-        Args:
-            what: equal on ranks that agree. A text that was agreed on before is not asked again.
-            deadline: seconds to wait for the others.
-
-        Raises:
-            PlanMismatch: a rank said something else, or refused.
-            PeerLost: a rank said nothing within the deadline.
-        """
-        if (group_name, what) in self._agreed:
-            return
-        rank, store, call = self._post(group_name, f"+ {what}")
-        end = time.monotonic() + deadline
-        for peer in range(resolve_group(group_name).size()):
-            key = f"distattn/{call}/{peer}"
-            try:
-                store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.001)))
-            except RuntimeError as error:
-                raise PeerLost(f"rank {rank}: rank {peer} did not reach this point within {deadline:g} s") from error
-            said = store.get(key).decode()
-            if said.startswith("-"):
-                raise PlanMismatch(f"rank {peer} cannot go on: {said[2:]}")
-            if said != f"+ {what}":
-                raise PlanMismatch(f"rank {rank} is about to run {what}; rank {peer}: {said[2:]}")
-        self._agreed.add((group_name, what))
-
-    def refuse(self, group_name: str, why: str) -> None:
-        """Tells the others that this rank is about to raise."""
-        self._post(group_name, f"- {why}")
-
-    def _post(self, group_name: str, line: str) -> tuple[int, dist.Store, int]:
-        group = resolve_group(group_name)
-        store = dist.distributed_c10d._get_process_group_store(group)
-        call = self._calls[group_name] = self._calls.get(group_name, 0) + 1
-        store.set(f"distattn/{call}/{group.rank()}", line)
-        return group.rank(), store, call

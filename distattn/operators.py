@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distattn.exchange import Agreement, Counter, Exchange, Pending
+from distattn.agreement import Agreement
+from distattn.exchange import Counter, Exchange, Pending
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype
 from distattn.kernels.rows import add_rows, gate, gate_backward
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.messages import Transfer
 from distattn.passes import Kept, Pass, Source
 from distattn.plan import Plan, plans
-
-# Seconds that ranks wait for each other before the first exchange of a plan.
-AGREEMENT_DEADLINE = 300.0
 
 _agreement = Agreement()
 sent = Counter()
@@ -32,7 +30,8 @@ sent = Counter()
 def agree(plan: Plan, batch: int, dtype: torch.dtype) -> None:
     """Returns when all ranks are about to run this plan on such tensors; see :class:`Agreement`."""
     if plan.group_name is not None:
-        _agreement.seek(plan.group_name, f"plan {plan.key}, batch {batch}, {dtype}", AGREEMENT_DEADLINE)
+        shape = f"{plan.seq_len} tokens, {plan.heads}/{plan.kv_heads} heads of {plan.head_dim}/{plan.value_dim}"
+        _agreement.seek(plan.group_name, f"plan {plan.key} ({shape}), batch {batch}, {dtype}")
 
 
 def refuse(plan: Plan, why: str) -> None:
@@ -267,7 +266,7 @@ def _gather_rows(x: list[Tensor], plan: str, what: str) -> list[Tensor]:
 def _bring(x: list[Tensor], plan: str, what: str) -> tuple[list[Tensor], Pending]:
     p, transfer, rows = _transfer(plan, what)
     found = [y.new_empty((y.shape[0], rows, *y.shape[2:])) for y in x]
-    return found, Exchange(p.group_name, p.rank, sent).bring(transfer, x, found)
+    return found, Exchange(p.group_name, p.rank, sent, p.key).bring(transfer, x, found)
 
 
 @torch.library.register_fake("distattn::gather_rows")
@@ -286,7 +285,7 @@ def _gather_rows_backward(grads: list[Tensor], rows: list[int], plan: str, what:
         for mine, theirs in zip(sums, returned, strict=True):
             add_rows(mine, message.places, theirs)
 
-    Exchange(p.group_name, p.rank, sent).take_home(transfer, wide, receive).wait()
+    Exchange(p.group_name, p.rank, sent, p.key).take_home(transfer, wide, receive).wait()
     return [x.to(g.dtype) for x, g in zip(sums, grads, strict=True)]
 
 

@@ -87,7 +87,7 @@ class Pass:
         chosen: Tensor | None = None,
     ) -> None:
         self.plan = plan
-        self.exchange = Exchange(plan.group_name, plan.rank, counter)
+        self.exchange = Exchange(plan.group_name, plan.rank, counter, plan.key)
         self.stages = plan.stages if tokens else ()
         self.queries = plan.guest_queries if tokens else None
         self.sources, self.chosen = sources, chosen

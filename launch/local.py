@@ -25,8 +25,9 @@ from distattn.launch.device import Device
 from distattn.launch.display import Display, print_result
 from distattn.launch.processes import Exit, Line, Message, Processes, send
 
-# Seconds to wait for further failures once there is one: the first to be heard may follow from another.
-_GATHER = 1.0
+# Seconds to wait for further failures once there is one: the first to be heard may follow from another, and the others
+# need some time to find out who is at fault.
+_GATHER = 5.0
 # Seconds that a rank may take to exit once all have done their work.
 _EXIT_TIMEOUT = 30.0
 _LOOPBACK = "127.0.0.1"
@@ -291,6 +292,15 @@ def be_rank(connection: Connection, seat: Seat) -> None:
         summary = traceback.format_exception_only(error)[-1].strip()
         detail = "".join(traceback.format_exception(error, limit=-6))
         send(connection, Failure(seat.rank, f"failed: {summary}", detail.rstrip(), when))
+        tell_the_others(error)
         sys.stdout.flush()
         # Not through the interpreter's end, which may wait for the very peers that wait for this rank.
         os._exit(1)
+
+
+def tell_the_others(error: BaseException) -> None:
+    """Says to the other ranks why this one ends, if it has met them."""
+    if "distattn.watch" in sys.modules:
+        from distattn.watch import fail
+
+        fail(error)

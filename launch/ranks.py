@@ -11,13 +11,17 @@ import torch
 from torch.distributed import Store, destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 
+from distattn.errors import PeerLost
 from distattn.jobs.context import Context, Reporter
 from distattn.launch.device import Device
+from distattn.watch import set_deadline, watch_of
 
 MESH_DIM = "sequence"
 """Name of the one dimension of the mesh that jobs get."""
 
 _SECONDS_BETWEEN_REPORTS = 0.1
+# Seconds that the process group waits longer than an exchange may take: its own errors name nobody.
+_LATER = 10.0
 
 
 class Throttled:
@@ -76,8 +80,11 @@ def join(
     Args:
         kind: of device; a rank on GPUs takes the one that its local rank counts to.
         store: where the ranks meet; not needed if world_size is 1, which makes no process group.
-        timeout: seconds that a collective may wait for a peer.
+        timeout: seconds that an exchange may take, and that the ranks may take to meet.
         output_dir: made if it does not exist.
+
+    Raises:
+        PeerLost: a rank did not come.
     """
     torch.set_num_threads(cpu_threads(local_world_size))
     if kind == "cuda":
@@ -88,20 +95,45 @@ def join(
         keep_freed_memory()
     mesh = None
     if world_size > 1:
+        assert store is not None
+        _assemble(store, rank, world_size, timeout)
+        set_deadline(timeout)
         init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=timeout + _LATER),
             device_id=device if kind == "cuda" else None,
         )
         mesh = init_device_mesh(kind, (world_size,), mesh_dim_names=(MESH_DIM,))
+        watch_of(mesh.get_group().group_name)
     output_dir.mkdir(parents=True, exist_ok=True)
     return Context(rank, world_size, local_rank, device, mesh, output_dir, Throttled(reporter))
 
 
 def leave(context: Context) -> None:
-    """Undo `join`."""
+    """Undo `join`, once all ranks have done their work.
+
+    Raises:
+        PeerLost, PlanMismatch: a rank failed meanwhile, or took part in other exchanges than this one.
+    """
     if context.mesh is not None:
+        watch_of(context.mesh.get_group().group_name).leave()
         destroy_process_group()
+
+
+def _assemble(store: Store, rank: int, world_size: int, timeout: float) -> None:
+    """Returns when all ranks have come to the store."""
+    store.set(f"distattn/here/{rank}", "")
+    end = time.monotonic() + timeout
+    for peer in range(world_size):
+        try:
+            store.wait([f"distattn/here/{peer}"], timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        except RuntimeError as error:
+            if time.monotonic() < end:
+                raise PeerLost(f"rank {rank}: the rendezvous store is gone: {error}") from error
+            missing = [p for p in range(peer, world_size) if not store.check([f"distattn/here/{p}"])]
+            raise PeerLost(
+                f"rank {rank}: of {world_size} ranks {missing} did not come within {timeout:g} s (launcher.timeout)"
+            ) from error

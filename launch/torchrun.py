@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,14 @@ def launch(config: Config, job: Job, device: Device, output_dir: Path, number: i
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from distattn.launch.local import tell_the_others
     from distattn.launch.ranks import join, leave
 
     rank = int(os.environ["RANK"])
 
     @record
     def work(display: Display | None) -> Any:
-        store = dist.PrefixStore(f"distattn job {number}", _rendezvous())
+        store = dist.PrefixStore(f"distattn job {number}", _rendezvous(config.launcher.timeout))
         if rank == 0:
             store.set("output_dir", str(output_dir))
         shared_dir = Path(store.get("output_dir").decode())
@@ -90,16 +92,26 @@ def launch(config: Config, job: Job, device: Device, output_dir: Path, number: i
     except Exception as error:
         print(f"distattn: rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        # torchrun finds the first error by whole seconds, and the peers fail as soon as this rank is gone.
-        time.sleep(1.1)
+        tell_the_others(error)
+        # torchrun finds the first error by whole seconds, and ends the others as soon as this rank is gone: first they
+        # have time to find out, too.
+        time.sleep(3.0)
         # Not through the interpreter's end, which may wait for the very peers that wait for this rank.
         os._exit(1)
 
 
 @functools.cache
-def _rendezvous() -> Any:
-    """The store where the ranks meet; once a process, since rank 0 may host it and a sweep has many jobs."""
+def _rendezvous(timeout: float) -> Any:
+    """The store where the ranks meet; once a process, since rank 0 may host it and a sweep has many jobs.
+
+    Raises:
+        ConfigError: rank 0 cannot listen at MASTER_PORT, or another rank finds nobody there for ``timeout`` seconds.
+    """
     from torch.distributed import rendezvous
 
-    store, _, _ = next(rendezvous("env://"))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    except RuntimeError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT, which is {address}: {error}") from error
     return store

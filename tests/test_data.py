@@ -83,6 +83,25 @@ def test_only_files_with_wanted_bytes_are_opened(tmp_path: Path) -> None:
         corpus.read(3, 4)
 
 
+def test_files_that_change_are_refused(tmp_path: Path) -> None:
+    root = write(tmp_path, {"1": b"one", "2": b"two", "3": b"three", "4": b"four"})
+    corpus = open_corpus(root)
+    (root / "1").write_bytes(b"ONE")  # as long as before
+    os.utime(root / "1", ns=(1, 1))
+    with pytest.raises(ConfigError, match="cannot read 3 bytes of .*1: it was changed"):
+        corpus.read(0, 1)
+    (root / "2").write_bytes(b"two and more")
+    with pytest.raises(ConfigError, match="cannot read 3 bytes of .*2: it has 12 now"):
+        corpus.read(3, 4)
+    (root / "3").write_bytes(b"")
+    with pytest.raises(ConfigError, match="cannot read 5 bytes of .*3: it has 0 now"):
+        corpus.read(6, 11)
+    (root / "4").unlink()
+    (root / "4").mkdir()  # cannot be read, even by root
+    with pytest.raises(ConfigError, match="cannot read 4 bytes of .*4: .*directory"):
+        corpus.read(11, 12)
+
+
 def test_single_file_and_suffix(tmp_path: Path) -> None:
     write(tmp_path, {"x.txt": b"hello", "y.md": b"."})
     corpus = open_corpus(tmp_path / "x.txt")
