@@ -34,7 +34,7 @@ GRACE = 10.0
 STEPS = 4
 LENGTH = 96
 SHAPE: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 16, "block_q": 16, "block_k": 16}
-SPECS = ("window", "globals", "ring", "summaries")
+SPECS = ("window", "globals", "ring", "summaries", "chosen")
 TYPED = ("PeerLost", "StepTimeout", "PlanMismatch")
 
 
@@ -143,6 +143,9 @@ def make_spec(name: str) -> tuple[Any, str]:
         case "summaries":
             summaries = (distattn.Summaries(8, reach=2), distattn.Summaries(32))
             return distattn.AttentionSpec(distattn.chunk_window(8, 2), summaries), "auto"
+        case "chosen":  # by tokens: nearly all of it, owner by owner
+            summaries = (distattn.Summaries(8, reach=2), distattn.Summaries(32))
+            return distattn.AttentionSpec(distattn.chunk_window(8, 2), summaries, distattn.TopChunks(3, 8)), "auto"
     raise ValueError(f"spec is {name!r}; expected one of {', '.join(SPECS)}")
 
 
