@@ -114,6 +114,7 @@ class LocalConfig(LauncherConfig):
     """conf/launcher/local.yaml."""
 
     num_workers: int | None = MISSING
+    max_restarts: int = MISSING
     start_timeout: float = MISSING
     stop_timeout: float = MISSING
 
@@ -121,6 +122,20 @@ class LocalConfig(LauncherConfig):
 @dataclass
 class TorchrunConfig(LauncherConfig):
     """conf/launcher/torchrun.yaml."""
+
+
+@dataclass
+class RayConfig(LauncherConfig):
+    """conf/launcher/ray.yaml."""
+
+    num_workers: int | None = MISSING
+    address: str | None = MISSING
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+    max_restarts: int = MISSING
+    place_timeout: float = MISSING
+    start_timeout: float = MISSING
+    stop_timeout: float = MISSING
 
 
 @dataclass
@@ -165,5 +180,6 @@ def register() -> None:
         "custom": CustomJobConfig,
         "local": LocalConfig,
         "torchrun": TorchrunConfig,
+        "ray": RayConfig,
     }.items():
         store.store(group="schema", name=name, node=node)

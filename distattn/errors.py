@@ -31,3 +31,11 @@ class CheckpointError(DistattnError, RuntimeError):
 
 class NotFinite(DistattnError, ArithmeticError):
     """A loss or a gradient is infinite or not a number; raised on every rank, before parameters are changed by it."""
+
+
+class ServiceBusy(DistattnError, RuntimeError):
+    """As many requests wait for the service as may wait; ask again later."""
+
+
+class ServiceDead(DistattnError, RuntimeError):
+    """The service has ended, or one of its ranks has, so that it can answer nothing any more."""

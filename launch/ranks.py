@@ -74,21 +74,23 @@ def join(
     timeout: float,
     output_dir: Path,
     reporter: Reporter,
+    gpu: int | None = None,
 ) -> Context:
     """Make this process a rank: its device, its threads, its process group and its mesh.
 
     Args:
-        kind: of device; a rank on GPUs takes the one that its local rank counts to.
+        kind: of device.
         store: where the ranks meet; not needed if world_size is 1, which makes no process group.
         timeout: seconds that an exchange may take, and that the ranks may take to meet.
         output_dir: made if it does not exist.
+        gpu: which of the GPUs that this process sees; None takes the one that its local rank counts to.
 
     Raises:
         PeerLost: a rank did not come.
     """
     torch.set_num_threads(cpu_threads(local_world_size))
     if kind == "cuda":
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank if gpu is None else gpu)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

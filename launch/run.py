@@ -86,6 +86,11 @@ def _run(composed: DictConfig) -> int:
         )
     if isinstance(config.launcher, schema.LocalConfig):
         prepare()  # its imports run beside those of this process
+    if isinstance(config.launcher, schema.RayConfig):
+        from distattn.launch import ray_cluster
+
+        job.check(config)
+        return ray_cluster.launch(config, job, output_dir)
     device = choose_device(config.launcher.device)
     if isinstance(config.launcher, schema.LocalConfig):
         world_size = local.count_ranks(config.launcher, device, job)

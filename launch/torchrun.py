@@ -56,7 +56,7 @@ def launch(config: Config, job: Job, device: Device, output_dir: Path, number: i
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from distattn.launch.local import tell_the_others
+    from distattn.launch.failures import tell_the_others
     from distattn.launch.ranks import join, leave
 
     rank = int(os.environ["RANK"])

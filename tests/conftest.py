@@ -13,7 +13,7 @@ STARTED = pytest.StashKey[float]()
 LEFT_OUT = pytest.StashKey[list[str]]()
 # What takes longest for what it tells: Triton's interpreter, and whole commands, which import PyTorch again and again.
 # These come last, and only these may be left out where time is short (--minutes).
-LATE = ("test_rows.py", "test_selected.py", "test_triton.py", "test_launch.py")
+LATE = ("test_rows.py", "test_selected.py", "test_triton.py", "test_launch.py", "test_ray.py")
 
 # Without a GPU the kernels in Triton run in its interpreter. Triton reads this as it is imported.
 if not torch.cuda.is_available():

@@ -92,6 +92,7 @@ def test_equal_parts(length: int, part: int, expected: list[int]) -> None:
         (["model.heads=5"], "model.heads is 5; expected a multiple of model.kv_heads, 2"),
         (["model.head_dim=0"], "model.head_dim is 0; expected more than 0"),
         (["model.dense_layers=[2]"], "model.dense_layers has 2; expected a layer from 0 to 1"),
+        (["launcher.max_restarts=-1"], "launcher.max_restarts is -1; expected at least 0"),
         (["seq_len=0"], "seq_len is 0; expected more than 0"),
         (["data=path", "data.path=/no/such/file"], "data.path is '/no/such/file', which does not exist"),
     ],

@@ -14,45 +14,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import trial_jobs
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from commanding import PATIENCE, command, config_of, environment, gone, job, run, until
 from rank_pool import RankError, RankPool
 
-import distattn
-from distattn.conf import schema
+from distattn.errors import PeerLost
 from distattn.jobs import find_job
 from distattn.jobs.context import Context
 from distattn.launch import local
+from distattn.launch.failures import (
+    ABORTED,
+    ACTOR_LOST,
+    DID_NOT_START,
+    Decision,
+    Failure,
+    decide,
+    failure_of,
+    order,
+    run_with_restarts,
+)
 from distattn.launch.processes import Exit, Line, Message, Processes
 from distattn.launch.ranks import Throttled
 from distattn.launch.run import main
-
-TESTS = Path(__file__).parent
-PATIENCE = 400.0  # seconds to wait for what takes a few on an idle machine
-
-
-def config_of(*overrides: str) -> schema.Config:
-    schema.register()
-    with initialize_config_module("distattn.conf", version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", [*overrides, "output_dir=unused"]))
-    assert isinstance(config, schema.Config)
-    return config
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    """Whether no such process runs; a zombie that nobody has asked about does not run."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
+from distattn.launch.watch import ending_on_signals
 
 # Child processes
 
@@ -115,11 +98,87 @@ def test_a_frozen_child_is_ended() -> None:
 
 
 def test_the_cause_comes_before_its_consequences() -> None:
-    late = local.Failure(0, "failed: late", "", when=3.0)
-    early = local.Failure(1, "failed: early", "", when=2.0)
-    killed = local.Failure(2, "was ended by SIGKILL", "", when=4.0, killed=True)
-    assert local.order([late, early]) == [early, late]
-    assert local.order([late, early, killed]) == [killed, early, late]
+    late = Failure(0, "failed: late", "", when=3.0)
+    early = Failure(1, "failed: early", "", when=2.0)
+    killed = Failure(2, "was ended by SIGKILL", "", when=4.0, killed=True)
+    assert order([late, early]) == [early, late]
+    assert order([late, early, killed]) == [killed, early, late]
+
+
+def failure(kind: str, killed: bool = False, when: float = 1.0, summary: str = "failed: it") -> Failure:
+    return Failure(0, summary, "", when, killed, kind)
+
+
+BROKEN_PIPE_OF_GLOO = "failed: RuntimeError: [/src/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed"
+
+
+@pytest.mark.parametrize(
+    ("failures", "decision"),
+    [
+        ([failure("", killed=True)], Decision.RETRY),
+        ([failure("PeerLost")], Decision.RETRY),
+        ([failure("StepTimeout"), failure("PeerLost")], Decision.RETRY),
+        ([failure(ACTOR_LOST, killed=True), failure("RuntimeError")], Decision.RETRY),
+        ([failure(DID_NOT_START)], Decision.RETRY),
+        ([failure("RuntimeError", summary=BROKEN_PIPE_OF_GLOO)], Decision.RETRY),
+        ([failure("PeerLost"), failure(ABORTED)], Decision.RETRY),
+        ([failure(ABORTED)], Decision.RAISE),
+        ([failure("ConfigError")], Decision.RAISE),
+        ([failure("PlanMismatch"), failure("PlanMismatch")], Decision.RAISE),
+        ([failure("KeyError")], Decision.RAISE),
+        ([failure("RuntimeError")], Decision.RAISE),
+        ([failure("KeyboardInterrupt")], Decision.RAISE),
+        ([failure("OutOfMemoryError")], Decision.RAISE),  # of a GPU: it would happen again
+        ([failure("")], Decision.RAISE),  # it exited, with a code that is not 0
+        # Whose clock was ahead does not matter.
+        ([failure("PeerLost", when=1.0), failure("ValueError", when=2.0)], Decision.RAISE),
+        ([failure("PeerLost", when=2.0), failure("ValueError", when=1.0)], Decision.RAISE),
+    ],
+    ids=lambda value: (
+        "+".join(f.kind or ("killed" if f.killed else "exit") for f in value) if type(value) is list else ""
+    ),
+)
+def test_what_a_restart_can_cure(failures: list[Failure], decision: Decision) -> None:
+    assert decide(failures, 0, 1) is decision
+    assert decide(failures, 2, 3) is decision
+    assert decide(failures, 0, 0) is Decision.RAISE
+    assert decide(failures, 3, 3) is Decision.RAISE
+
+
+def test_there_is_no_decision_about_nothing() -> None:
+    for arguments in (([], 0, 1), ([failure("PeerLost")], -1, 1), ([failure("PeerLost")], 0, -1)):
+        with pytest.raises(ValueError, match="expected at least one failure, and no negative number"):
+            decide(*arguments)
+
+
+def test_an_exception_as_a_failure() -> None:
+    try:
+        raise PeerLost("rank 3 did not answer")
+    except PeerLost as error:
+        found = failure_of(2, error)
+    assert (found.rank, found.kind, found.killed) == (2, "PeerLost", False)
+    assert found.summary == "failed: distattn.errors.PeerLost: rank 3 did not answer"
+    assert "in test_an_exception_as_a_failure" in found.detail
+
+
+@pytest.mark.parametrize(("max_restarts", "attempts", "left"), [(0, 1, 1), (1, 2, 1), (2, 3, 0), (5, 3, 0)])
+def test_restarts_are_counted_and_told(
+    max_restarts: int, attempts: int, left: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = iter([[failure("", killed=True, summary="was ended by SIGKILL")], [failure("PeerLost")], []])
+    made: list[list[Failure]] = []
+
+    def attempt() -> list[Failure]:
+        made.append(next(outcomes))
+        return made[-1]
+
+    assert len(run_with_restarts(attempt, max_restarts, 2)) == left
+    assert len(made) == attempts
+    told = [
+        f"distattn: rank 0 of 2 was ended by SIGKILL; restart 1 of {max_restarts}",
+        f"distattn: rank 0 of 2 failed: it; restart 2 of {max_restarts}",
+    ]
+    assert capsys.readouterr().err.splitlines() == told[: attempts - 1]
 
 
 def test_progress_is_throttled_but_stages_are_not_lost() -> None:
@@ -164,7 +223,7 @@ def test_ranks_do_not_see_an_earlier_torchrun(monkeypatch: pytest.MonkeyPatch) -
 def test_being_asked_to_end_is_tidied_up() -> None:
     before = signal.getsignal(signal.SIGTERM)
     tidied = False
-    with pytest.raises(SystemExit) as end, local.ending_on_signals():
+    with pytest.raises(SystemExit) as end, ending_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -213,6 +272,30 @@ def test_a_killed_rank_is_the_cause(launch: Callable[..., int], capfd: pytest.Ca
     assert err[2] == "    last words"
 
 
+def test_a_killed_rank_and_a_restart(
+    launch: Callable[..., int], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert launch("is_killed_once", "launcher.max_restarts=2") == 0
+    out, err = capfd.readouterr()
+    assert err == "distattn: rank 1 of 2 was ended by SIGKILL; restart 1 of 2\n"
+    assert out.splitlines()[-1] == "sum 3 after 2 attempts"
+
+
+def test_what_a_restart_cannot_cure_is_not_tried_again(
+    launch: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("one_raises", "launcher.max_restarts=2") == 1
+    out, err = capfd.readouterr()
+    assert "restart" not in err and err.startswith("distattn: rank 1 of 2 failed: ValueError: rank one is at fault")
+
+
+def test_restarts_end(launch: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("one_is_killed", "launcher.max_restarts=1") == 1
+    err = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("    ")]
+    assert err[0] == "distattn: rank 1 of 2 was ended by SIGKILL; restart 1 of 1"
+    assert err[1] == "distattn: rank 1 of 2 was ended by SIGKILL"
+
+
 def test_a_rank_that_does_not_start_in_time(
     launch: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,31 +307,11 @@ def test_a_rank_that_does_not_start_in_time(
 # The command
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "distattn.launch.run", *arguments]
-
-
 def torchrun(*arguments: str) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
         *("-m", "distattn.launch.run", "launcher=torchrun", *arguments),
     ]
-
-
-def environment() -> dict[str, str]:
-    checkout = Path(distattn.__file__).parent.parent  # the folders in which the commands run are elsewhere
-    path = os.pathsep.join([str(TESTS), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return local.rank_environment() | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=2 * PATIENCE
-    )
-
-
-def job(name: str) -> tuple[str, ...]:
-    return "job=custom", f"job.name=trial_jobs:{name}", "launcher.device=cpu"
 
 
 def test_a_sweep_runs_one_job_after_the_other_despite_stale_variables(

@@ -51,8 +51,71 @@ def one_is_killed(config: Config, context: Context) -> None:
 
     if context.rank == 1:
         print("last words", flush=True)
+        time.sleep(config.job.params.get("pause", 0))  # type: ignore[attr-defined]
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.ones(1))
+
+
+def is_killed_once(config: Config, context: Context) -> dict[str, Any]:
+    """Rank 1 is killed in the first attempt; attempts are counted in output_dir."""
+    import torch
+    import torch.distributed as dist
+
+    attempts = context.output_dir / f"attempts{context.rank}"
+    with attempts.open("a") as file:
+        file.write("x")
+    if context.rank == 1 and attempts.stat().st_size == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    x = torch.tensor([context.rank + 1.0])
+    dist.all_reduce(x)
+    return {"report": f"sum {x.item():g} after {attempts.stat().st_size} attempts"}
+
+
+def waits_once(config: Config, context: Context) -> dict[str, Any]:
+    """Waits for ever in the first attempt."""
+    import torch.distributed as dist
+
+    attempts = context.output_dir / f"attempts{context.rank}"
+    with attempts.open("a") as file:
+        file.write("x")
+    context.log(f"pid {os.getpid()}")
+    if attempts.stat().st_size == 1:
+        time.sleep(1000)
+    dist.barrier()
+    return {"report": f"done after {attempts.stat().st_size} attempts"}
+
+
+def where(config: Config, context: Context) -> dict[str, Any]:
+    """What a rank sees of itself, by rank."""
+    import torch
+    import torch.distributed as dist
+
+    every: list[Any] = [None] * context.world_size
+    seen = {
+        "local_rank": context.local_rank,
+        "threads": torch.get_num_threads(),
+        "interface": os.environ["GLOO_SOCKET_IFNAME"],
+        "stale": sorted({"RANK", "MASTER_ADDR"} & os.environ.keys()),
+        "variable": os.environ.get("TRIAL", ""),
+    }
+    dist.all_gather_object(every, seen)
+    for step in range(3):
+        context.progress("looking", step + 1, 3, sum=3.0)
+    context.log("looked")
+    print("printed", flush=True)
+    return {"report": repr(every)}
+
+
+def one_freezes(config: Config, context: Context) -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+    if context.rank == 0:
+        context.log(f"pid {os.getpid()}")
+        time.sleep(0.5)  # until that was heard
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)
+    raise RuntimeError("the other is frozen")
 
 
 def waits(config: Config, context: Context) -> None:

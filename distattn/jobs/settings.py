@@ -49,6 +49,9 @@ def check(config: Config) -> None:
     }.items():
         if value <= 0:
             raise ConfigError(f"{name} is {value}; expected more than 0")
+    restarts = getattr(config.launcher, "max_restarts", 0)
+    if restarts < 0:
+        raise ConfigError(f"launcher.max_restarts is {restarts}; expected at least 0")
     model = config.model
     if model.heads % model.kv_heads:
         raise ConfigError(f"model.heads is {model.heads}; expected a multiple of model.kv_heads, {model.kv_heads}")
