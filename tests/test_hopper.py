@@ -7,10 +7,12 @@ import selected_cases
 import torch
 from kernel_cases import DEVICE, Case, check, inputs, run, split, table_of
 
-from distattn import reference
+from distattn import presets, reference
+from distattn.attend import attend, select
 from distattn.kernels import work
 from distattn.kernels.attention import Pages, attention_backward, attention_forward, choose, row_deltas
 from distattn.patterns import Causal, Dense, Documents, GlobalTokens, Pattern, PerHead, SlidingWindow
+from distattn.plan import make_plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,6 +128,26 @@ def test_what_is_selected_is_attended(name: str, dim: int, cut: bool, monkeypatc
     assert torch.equal(lse > -torch.inf, seen)
     assert reference.max_error(out, expected) < 2e-2
     assert reference.max_error(lse[seen], expected_lse[seen] + math.log(2)) < 1e-3
+
+
+@pytest.mark.parametrize("length", [4096, 4000])  # chunks that are all whole need no masks
+def test_16_bits_agree_with_32_where_tiles_choose(length: int) -> None:
+    """By the same choices; on a Hopper GPU by kernels of its own."""
+    spec = presets.hierarchical(256, (64, 512), (4,), 4, "tile", global_keys=range(8))
+    plan = make_plan(spec, length, heads=8, kv_heads=2, head_dim=128)
+
+    def made(seed: int, heads: int) -> torch.Tensor:
+        return torch.randn(1, length, heads, 128, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+    q, k, v = (made(n, heads).bfloat16() for n, heads in enumerate((8, 2, 2)))
+    chosen, weight = select(q, k, v, plan), made(3, 8)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        out, lse = attend(*leaves, plan, selection=chosen, return_lse=True)
+        found.append([out.detach(), lse.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    for number, (x, y) in enumerate(zip(*found, strict=True)):
+        assert reference.max_error(x, y) < 2e-2, f"result {number}"
 
 
 def test_large_scores() -> None:

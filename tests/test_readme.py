@@ -11,12 +11,15 @@ README = Path(__file__).parents[1] / "README.md"
 def test_the_examples_run_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, object] = {}
+    printed: list[str] = []
     for example in examples:
         assert len([line for line in example.splitlines() if line.strip()]) <= 15
         exec(compile(example, str(README), "exec"), names)
-    printed = capsys.readouterr().out.splitlines()
-    assert "1,500 tokens on 1 ranks" in "\n".join(printed)
-    assert float(printed[-1]) < 1e-5
+        printed.append(capsys.readouterr().out)
+    plan, *_, service = printed
+    assert "1,500 tokens on 1 ranks" in plan
+    assert float(plan.splitlines()[-1]) < 1e-5
+    assert "answered=1" in service.splitlines()[-1]
 
 
 def test_every_pattern_is_in_the_table() -> None:
