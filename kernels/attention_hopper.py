@@ -126,20 +126,18 @@ def multiply_keys(query, keys, visit, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _weights_of(scores, words, high, scale, MASKED: gl.constexpr, COLUMNS: gl.constexpr):
-    """exp2(scale scores - new maximum), and the new maximum."""
+def weights_of(scores, words, line, high, scale, MASKED: gl.constexpr, LINED: gl.constexpr, COLUMNS: gl.constexpr):
+    """exp2(scale scores + line - new maximum), and the new maximum; line [columns] is 0 unless LINED."""
     if MASKED:
         scores = masked_by(words, scores, "0xff800000", COLUMNS)
-    new_high = gl.maximum(high, gl.max(scores, 1) * scale)
-    return gl.exp2(scores * scale - new_high[:, None]), new_high
-
-
-@gluon.jit
-def weights_by_line(scores, line, high, scale):
-    """exp2(scale scores + line - new maximum), and the new maximum; line [columns]."""
-    scores = scores * scale + line[None, :]
-    new_high = gl.maximum(high, gl.max(scores, 1))
-    return gl.exp2(scores - new_high[:, None]), new_high
+    if LINED:
+        scores = scores * scale + line[None, :]
+        new_high = gl.maximum(high, gl.max(scores, 1))
+        weights = gl.exp2(scores - new_high[:, None])
+    else:
+        new_high = gl.maximum(high, gl.max(scores, 1) * scale)
+        weights = gl.exp2(scores * scale - new_high[:, None])
+    return weights, new_high
 
 
 @gluon.jit
@@ -150,11 +148,14 @@ def sums_of(weights):
 
 
 @gluon.jit
-def _step(
-    query, keys, values, weights, high, total, acc, visit, masks, mask, scale,
-    GROUP: gl.constexpr, MASKED: gl.constexpr, COLUMNS: gl.constexpr, V_DIM: gl.constexpr,
+def step(
+    query, keys, values, lines, weights, high, total, acc, visit, masks, mask, scale,
+    GROUP: gl.constexpr, MASKED: gl.constexpr, LINED: gl.constexpr, COLUMNS: gl.constexpr, V_DIM: gl.constexpr,
 ):  # fmt: skip
-    """Adds a page: its scores, while the page before it is multiplied with its weights."""
+    """Adds a visit: its scores, while the one before it is multiplied with its weights.
+
+    MASKED: by a mask of a row for each query. LINED: with what the visit's line has for each column.
+    """
     k_buffers, k_full, k_empty = keys
     v_buffers, v_full, v_empty = values
     ACC: gl.constexpr = product_layout(V_DIM)
@@ -167,9 +168,12 @@ def _step(
     words = 0
     if MASKED:  # loaded here, it delays no product
         words = mask_words(masks, mask, GROUP * GROUP_ROWS, 0, COLUMNS)
+    line = 0
+    if LINED:
+        line = lines.index(stage).load(gl.SliceLayout(0, product_layout(COLUMNS)))
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    new_weights, new_high = _weights_of(scores, words, high, scale, MASKED, COLUMNS)
+    new_weights, new_high = weights_of(scores, words, line, high, scale, MASKED, LINED, COLUMNS)
     fade = gl.exp2(high - new_high)
     sums = sums_of(new_weights)
     total = total * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
@@ -264,7 +268,7 @@ def _multiply(
                 if begin < end:
                     scores = masked_by(words, scores, "0xff800000", COLUMNS)
             lowest = gl.full([GROUP_ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-            fresh, high = _weights_of(scores, 0, lowest, scale, False, COLUMNS)
+            fresh, high = weights_of(scores, 0, 0, lowest, scale, False, False, COLUMNS)
             total = sums_of(fresh)
             weights = packed(fresh, dtype)
             acc = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, ACC)
@@ -274,15 +278,15 @@ def _multiply(
                 for i in range(begin + 1, end):
                     this_mask = mask
                     mask = gl.load(part_mask + i + 1)
-                    weights, high, total, acc = _step(
-                        query, keys, values, weights, high, total, acc, visit, masks, this_mask, scale,
-                        GROUP, True, COLUMNS, V_DIM,
+                    weights, high, total, acc = step(
+                        query, keys, values, 0, weights, high, total, acc, visit, masks, this_mask, scale,
+                        GROUP, True, False, COLUMNS, V_DIM,
                     )  # fmt: skip
                     visit += 1
             for _ in range(full):
-                weights, high, total, acc = _step(
-                    query, keys, values, weights, high, total, acc, visit, masks, 0, scale,
-                    GROUP, False, COLUMNS, V_DIM,
+                weights, high, total, acc = step(
+                    query, keys, values, 0, weights, high, total, acc, visit, masks, 0, scale,
+                    GROUP, False, False, COLUMNS, V_DIM,
                 )  # fmt: skip
                 visit += 1
             last = (visit - 1) % STAGES

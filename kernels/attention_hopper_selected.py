@@ -24,10 +24,11 @@ from distattn.kernels.attention_hopper import (
     QUERY_BUFFERS,
     STAGES,
     multiply_keys,
+    step,
     store_part,
     store_rows_continued,
     sums_of,
-    weights_by_line,
+    weights_of,
 )
 from distattn.kernels.attention_triton import programs_at_once
 from distattn.kernels.slots_triton import merge_slots
@@ -162,33 +163,6 @@ def _fetch(
 
 
 @gluon.jit
-def _step(query, keys, values, lines, weights, high, total, acc, visit, scale):
-    """Adds a visit: its scores, while the one before it is multiplied with its weights."""
-    k_buffers, k_full, k_empty = keys
-    v_buffers, v_full, v_empty = values
-    ACC: gl.constexpr = acc.type.layout
-    SCORES: gl.constexpr = product_layout(TILE)
-    before = (visit - 1) % STAGES
-    stage = visit % STAGES
-    operand = unpacked(weights, v_buffers.dtype, ACC)
-    scores = multiply_keys(query, keys, visit, TILE)
-    mbarrier.wait(v_full.index(before), ((visit - 1) // STAGES) & 1)
-    acc = warpgroup_mma(operand, v_buffers.index(before), acc, is_async=True)
-    line = lines.index(stage).load(gl.SliceLayout(0, SCORES))
-    scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(k_empty.index(stage), count=1)
-    new_weights, new_high = weights_by_line(scores, line, high, scale)
-    fade = gl.exp2(high - new_high)
-    sums = sums_of(new_weights)
-    total = total * gl.convert_layout(fade, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_empty.index(before), count=1)
-    weights = packed(new_weights, v_buffers.dtype)
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, ACC))[:, None]
-    return weights, new_high, total, acc
-
-
-@gluon.jit
 def _multiply(
     out, lse, slot_out, slot_lse, items, item_ptr, units, tokens, tiles, most, numbers, scale,
     out_n, out_h, lse_n, lse_h, queries, keys, values, lines,
@@ -221,14 +195,15 @@ def _multiply(
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(visit % STAGES), count=1)
             lowest = gl.full([GROUP_ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-            fresh, high = weights_by_line(scores, line, lowest, scale)
+            fresh, high = weights_of(scores, 0, line, lowest, scale, False, True, TILE)
             total = sums_of(fresh)
             weights = packed(fresh, dtype)
             acc = gl.zeros([GROUP_ROWS, V_DIM], gl.float32, ACC)
             visit += 1
             for _ in range(begin + TILE // PAGE, end, TILE // PAGE):
-                weights, high, total, acc = _step(
-                    query, keys, values, lines, weights, high, total, acc, visit, scale
+                weights, high, total, acc = step(
+                    query, keys, values, lines, weights, high, total, acc, visit, 0, 0, scale,
+                    GROUP, False, True, TILE, V_DIM,
                 )  # fmt: skip
                 visit += 1
             last = (visit - 1) % STAGES
