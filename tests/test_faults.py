@@ -362,12 +362,16 @@ def test_no_rank_outlives_a_command_that_ends_amid_exchanges(
 
 
 def reads(context: Context, path: str) -> bytes:
-    corpus = open_corpus(path)
+    corpus, plan = open_corpus(path), a_plan(context)
+
+    def meet() -> None:
+        plan.unshard(torch.zeros(1, plan.tokens))
+
+    meet()  # all have opened it
     if context.rank == 1:
         with open(path, "r+b") as file:
             file.truncate(10)  # while the job reads it
-    plan = a_plan(context)
-    plan.unshard(torch.zeros(1, plan.tokens))  # all have opened it
+    meet()
     return corpus.read_segments(plan.segments).tobytes()
 
 

@@ -1,5 +1,6 @@
 """The tile kernel on its own: resuming, merging, guests, and steps, against plain attention."""
 
+import kernel_cases
 import numpy as np
 import pytest
 import torch
@@ -199,5 +200,16 @@ def test_what_the_kernels_for_hopper_do_not_take(monkeypatch: pytest.MonkeyPatch
     pages, nobody, bias = Pages(q, q), Pages(q[:, :0], q[:, :0]), Biases(q[..., 0], q[:, :0, :, 0])
     selected = SelectedTable(8, 8, 2, 2, 0, (0,), torch.zeros(1, 2, 1, dtype=torch.int32))
     assert choose(q, pages, nobody, selected, q, -1.0) == ("triton", "scale is -1.0, not positive")
-    assert choose(q, pages, nobody, selected, q, 1.0, bias) == ("triton", "keys have a bias")
-    assert choose(q, pages, nobody, selected, q, 1.0) == ("triton", "the tiles were selected on the GPU")
+    tiles = "the tiles were selected on the GPU"
+    single = f"{tiles}, and heads that share them are not pairs"
+    assert choose(q, pages, nobody, selected, q, 1.0, bias) == ("triton", single)
+    assert choose(q, pages, nobody, selected, q, 1.0, backward=True) == (
+        "triton",
+        f"{tiles}, and this is the backward pass",
+    )
+    half, some = q.bfloat16(), SelectedTable(8, 8, 2, 2, 0, (0, 0), torch.zeros(1, 2, 1, dtype=torch.int32))
+    assert choose(half, pages, nobody, some, half, 1.0) == ("triton", f"{tiles}, and the output has 16 bits")
+    rows = SelectedTable(8, 8, 2, 2, 0, (0, 0), some.selected, torch.zeros(1, 2, 1, 8, 1, dtype=torch.int32))
+    assert choose(q, pages, nobody, rows, q, 1.0) == ("triton", f"{tiles}, and masks have a row for each query")
+    whole = kernel_cases.table_of(Case(Causal(), 16, 8, 8))
+    assert choose(q, pages, nobody, whole, q, 1.0, bias) == ("triton", "keys have a bias")
