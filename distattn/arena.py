@@ -10,6 +10,7 @@ import numpy as np
 from distattn import spans as sp
 from distattn.kernels.table import TileTable
 from distattn.layout import Layout
+from distattn.levels import OnDevices
 from distattn.messages import Message, Transfer, join_runs, to_everyone
 from distattn.outline import Outline, guest_pages
 from distattn.spans import Ints, Spans
@@ -22,11 +23,15 @@ class Stage:
 
     transfers: what to bring into the guest buffer, of ``guest_rows`` rows.
     table: what the rank's query tiles visit in this stage.
+    kv_heads: the key/value heads that the stage is about; transfers and table count heads from the first of them.
+    resumes: whether query tiles go on from what earlier stages made of them.
     """
 
     transfers: tuple[Transfer, ...]
     guest_rows: int
     table: TileTable
+    kv_heads: range
+    resumes: bool
 
     @cached_property
     def alone(self) -> TileTable:
@@ -40,7 +45,7 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
-class GuestQueries:
+class GuestQueries(OnDevices):
     """Global query rows, which every rank attends with over the pages that it owns.
 
     positions: int64 [n], ascending: all of them.
@@ -72,17 +77,15 @@ class ArenaBuilder:
         self.heads = len(outline.table_of)
         self.gathered_pages = -(-len(outline.sharing.keys) // self.blocks[1])
 
-    def stages(self, schedule: str) -> tuple[Stage, ...]:
-        shared = self._gather(self.outline.sharing.keys, tuple(range(self.kv_heads)))
+    def stages(self, schedule: str, slices: int = 1) -> tuple[Stage, ...]:
+        """By the schedules of plan.py; slices: of key/value heads, which they divide."""
+        if schedule == "ring":
+            # In stage s this rank receives from the one s before it, and sends to the one s after it.
+            sources = [[], *([(self.rank - s) % self.world_size] for s in range(1, self.world_size))]
+            return tuple(self._stage(source, range(self.kv_heads), s) for s, source in enumerate(sources))
         everyone = [r for r in range(self.world_size) if r != self.rank]
-        if schedule == "direct":
-            return (self._stage(everyone, own=True, shared=shared, bulk=True),)
-        first = self._stage([], own=True, shared=shared, bulk=False)
-        # In stage s this rank receives from the one s before it, and sends to the one s after it.
-        rest = [
-            self._stage([(self.rank - s) % self.world_size], False, None, False, s) for s in range(1, self.world_size)
-        ]
-        return (first, *rest)
+        size = self.kv_heads // slices
+        return tuple(self._stage(everyone, range(at, at + size)) for at in range(0, self.kv_heads, size))
 
     def guest_queries(self) -> GuestQueries | None:
         positions = self.outline.sharing.queries
@@ -95,42 +98,46 @@ class ArenaBuilder:
         mine = self.layout.local_rows(positions[self.layout.owner_of(positions) == self.rank], self.rank)
         return GuestQueries(positions, mine, transfer, table)
 
-    def _stage(
-        self, sources: list[int], own: bool, shared: Transfer | None, bulk: bool, distance: int | None = None
-    ) -> Stage:
-        """The stage in which this rank holds guest pages of ``sources``."""
+    def _stage(self, sources: list[int], kv_heads: range, distance: int | None = None) -> Stage:
+        """The stage in which this rank holds guest pages of ``sources``; in a ring, of the rank at ``distance``."""
+        own = not distance  # a ring's first stage, or any other
         base = self.gathered_pages if own else 0
         sends: list[Message] = []
         receives: list[Message] = []
         extents: list[Extents] = []
         guest_pages = base
+        targets = sources if distance is None else [(self.rank + distance) % self.world_size] if distance else []
         for group, guests in zip(self.kv_groups, self.guests, strict=True):
             pages = _row(guests, self.rank)
             pages = pages[np.isin(self.page_owner[pages], sources)]
             guest = Extents.of(pages, len(self.my_pages) + base)
             extents.append(self.own.joined(guest) if own else guest)
+            heads = tuple(head - kv_heads.start for head in group if head in kv_heads)
+            if not heads:
+                continue
             guest_pages = max(guest_pages, base + len(pages))
             for peer in sources:
                 which = np.flatnonzero(self.page_owner[pages] == peer)
                 if len(which):
-                    receives.append(Message(peer, group, self._page_rows(base + which, pages[which])))
-            targets = sources if distance is None else [(self.rank + distance) % self.world_size]
+                    receives.append(Message(peer, heads, self._page_rows(base + which, pages[which])))
             for peer in targets:
                 wanted = _row(guests, peer)
                 wanted = wanted[self.page_owner[wanted] == self.rank]
                 if len(wanted):
-                    sends.append(Message(peer, group, self._page_rows(np.searchsorted(self.my_pages, wanted), wanted)))
+                    sends.append(Message(peer, heads, self._page_rows(np.searchsorted(self.my_pages, wanted), wanted)))
         sends.sort(key=lambda m: m.peer)
         receives.sort(key=lambda m: m.peer)
-        transfers = [] if shared is None or not own else [shared]
-        if self.world_size > 1 and (sources or distance is not None):
-            transfers.append(Transfer(self._kind(bulk), tuple(sends), tuple(receives)))
-        return Stage(tuple(transfers), guest_pages * self.blocks[1], self._table(extents, own, guest_pages))
+        shared = self._gather(self.outline.sharing.keys, tuple(range(len(kv_heads)))) if own else None
+        transfers = [] if shared is None else [shared]
+        if self.world_size > 1 and distance != 0:
+            kind = self._direct_kind if distance is None else "neighbours"
+            transfers.append(Transfer(kind, tuple(sends), tuple(receives)))
+        table = self._table(extents, own, guest_pages, kv_heads)
+        return Stage(tuple(transfers), guest_pages * self.blocks[1], table, kv_heads, bool(distance))
 
-    def _kind(self, bulk: bool) -> str:
+    @cached_property
+    def _direct_kind(self) -> str:
         """Pairs where every rank talks to few others, a collective otherwise; the same answer on all ranks."""
-        if not bulk:
-            return "neighbours"
         talks = np.zeros((self.world_size, self.world_size), np.bool_) if self.world_size <= 4096 else None
         if talks is None:
             return "all_to_all"
@@ -142,11 +149,12 @@ class ArenaBuilder:
             talks[np.repeat(row, count), self.layout.owner[sp.concat_ranges(first, count)]] = True
         return "neighbours" if talks.sum(axis=1).max() <= 2 and talks.sum(axis=0).max() <= 2 else "all_to_all"
 
-    def _table(self, extents: list[Extents], own: bool, guest_pages: int) -> TileTable:
+    def _table(self, extents: list[Extents], own: bool, guest_pages: int, kv_heads: range) -> TileTable:
         """Tables by (distinct pattern, group of key/value heads), since a group has its own guest pages."""
         share = self.heads // self.kv_heads
         group_of = {head: g for g, heads in enumerate(self.kv_groups) for head in heads}
-        pairs = [(table, group_of[h // share]) for h, table in enumerate(self.outline.table_of)]
+        heads = range(kv_heads.start * share, kv_heads.stop * share)
+        pairs = [(self.outline.table_of[h], group_of[h // share]) for h in heads]
         distinct = list(dict.fromkeys(pairs))
         mine = [visits.rows(self.my_tiles) for visits in self.outline.main]
         gathered = [visits.rows(self.my_tiles) for visits in self.outline.gathered] if own else []

@@ -187,15 +187,11 @@ def _hierarchical(
 
 def _corrected(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """Adds to rows what dense attention adds to the first row of each run of ``every``; see :class:`Delta`."""
-    correction, every = plan.correction, plan.spec.correction
-    assert correction is not None and every is not None
-    dense = _run(q, k, v, correction, scale)[0]
-    row = torch.arange(plan.tokens, device=q.device)
-    # Segments begin at multiples of `every`, so that a row's first one is here.
-    first = row - plan.positions.to(q.device) % every.every
+    assert plan.correction is not None
+    dense = _run(q, k, v, plan.correction, scale)[0]
     wide = torch.promote_types(out.dtype, torch.float32)
-    moved = out.to(wide) + (dense.to(wide) - out.to(wide))[:, first]
-    last = (plan.positions >= plan.seq_len - every.every).to(q.device)
+    moved = out.to(wide) + (dense.to(wide) - out.to(wide))[:, plan.on(q.device, "corrected_by")]
+    last = plan.on(q.device, "stays_dense")
     return torch.where(last[:, None, None], dense.to(wide), moved).to(out.dtype)
 
 

@@ -5,7 +5,9 @@ For each stage: fill the arena, run the tile kernel, merge by log-sum-exp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,6 @@ from distattn.kernels.attention import (
 )
 from distattn.kernels.rows import add_rows, merge
 from distattn.kernels.selected import AnyTable
-from distattn.kernels.table import TileTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan
 
@@ -100,7 +101,7 @@ class Pass:
     def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> Begun:
         """The plan's pattern; ``more``: sources follow, which need not be known yet."""
         dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
-        several = len(stages) != 1 or more
+        several = not stages or any(stage.resumes for stage in stages) or more
         slots = self._slots(k, v)
         pending = self._bring(stages[0], own, slots[0]) if stages else Pending()
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
@@ -108,22 +109,21 @@ class Pass:
 
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
-        if len(stages) != 1 or stages[0].table.has_empty_rows:  # tiles that visit nothing are left alone
+        # Tiles that visit nothing are left alone.
+        if not stages or any(stage.table.has_empty_rows and not stage.resumes for stage in stages):
             out.zero_()
             lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):
-            guests = _first(slots[number % 2].pages, stage.guest_rows)
-
-            def run(table: TileTable, guests: Pages = guests, later: bool = number > 0) -> None:
-                attention_forward(q, own, guests, table, out, lse, scale=scale, resume=later)
-
+            mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
+            rows = dict(zip(("q", "out", "lse"), self._query_heads(stage, q, out, lse), strict=True))
+            run = partial(attention_forward, own=mine, guests=guests, **rows, scale=scale, resume=stage.resumes)
             arrived = pending
             if number + 1 < len(stages):
                 # The other slot is free, since its stage is done.
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
-            run(stage.alone)
+            run(table=stage.alone)
             arrived.wait()
-            run(stage.with_guests)
+            run(table=stage.with_guests)
         kept = slots[0].flat if len(stages) == 1 else q.new_empty(0)
         return Begun(out, lse, kept, guest_q, queries_here)
 
@@ -172,7 +172,8 @@ class Pass:
             pending = self._bring_chosen(chunks, number + 1, own, slots)
             for part in arrived:
                 part.wait()
-            run(Source(own, _first(slots[number % 2].pages, chunks.guest_rows(number)), chunks.tables(number)))
+            guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
+            run(Source(own, guests, chunks.tables(number)))
         return {"asked": chunks.asked} | ({"chosen": slots[1].flat} if len(chunks.rounds) == 1 else {})
 
     def _chosen_slots(self, chunks: ChosenChunks, own: Pages) -> list[_Slot]:
@@ -187,7 +188,8 @@ class Pass:
         """A round that is on its way, if there is one of this number."""
         if number > len(chunks.rounds):
             return []
-        return [chunks.bring(number, own, slots[number % 2].pages)]
+        guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
+        return [chunks.bring(number, own, guests)]
 
     def _global_rows(self, device: torch.device) -> Tensor:
         assert self.plan.hierarchy is not None
@@ -210,11 +212,13 @@ class Pass:
         several = len(stages) > 1
         delta = row_deltas(out, grad_out, grad_lse)
         # What one launch makes is written as it is returned; what several add to is summed up in the wider dtype.
-        once = len(stages) == 1 and self.queries is None and not self.sources and self.chosen is None
+        only = self.queries is None and not self.sources and self.chosen is None
+        once = only and bool(stages) and not any(stage.resumes for stage in stages)
         dq = q.new_zeros(q.shape, dtype=q.dtype if once else dtype)
-        alone = once and not stages[0].transfers
+        # Slices are summed up one by one, in the wider dtype, and put together afterwards.
+        alone = once and (several or not stages[0].transfers)
         d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
-        # A direct plan kept its guests; a ring brings them again.
+        # A direct plan kept its guests; others bring them again.
         slots = self._slots(k, v) if several else [_Slot(kept.guests, k, v)] * 2
         pending = self._bring(stages[0], own, slots[0]) if several else Pending()
         homeward: list[Pending] = []
@@ -223,19 +227,27 @@ class Pass:
                 self._guest_queries_backward(self.queries, kept.guest_q, own, grad_out, lse, delta, dq, d_own, scale)
             )
         for number, stage in enumerate(stages):
-            guests = _first(slots[number % 2].pages, stage.guest_rows)
-            d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
-
-            def run(table: TileTable, guests: Pages = guests, d_guests: Pages = d_guests) -> None:
-                attention_backward(q, own, guests, table, grad_out, lse, delta, dq, d_own, d_guests, scale=scale)
-
+            mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
+            sliced = len(stage.kv_heads) < k.shape[2]
+            d_mine = Pages(*(x.new_zeros(x.shape, dtype=dtype) for x in mine)) if sliced else d_own
+            d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_mine.k.dtype) for x in guests))
+            names = ("q", "grad_out", "lse", "delta", "dq")
+            rows = dict(zip(names, self._query_heads(stage, q, grad_out, lse, delta, dq), strict=True))
+            grads = {"d_own": d_mine, "d_guests": d_guests}
+            run = partial(attention_backward, own=mine, guests=guests, **rows, **grads, scale=scale)
+            if first := several and number == 0:  # what is there is computed while the first guests travel
+                run(table=stage.alone)
             pending.wait()
             if number + 1 < len(stages):
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
-            # Guests' gradients first: they go home while the other tiles are computed.
-            run(stage.with_guests)
-            homeward += [self._take_home(transfer, d_guests, d_own) for transfer in stage.transfers]
-            run(stage.alone)
+            # Guests' gradients before the others: they go home while the other tiles are computed.
+            run(table=stage.with_guests)
+            going = [self._take_home(transfer, d_guests, d_mine) for transfer in stage.transfers]
+            if not first:
+                run(table=stage.alone)
+            for part in homeward:  # those of the stage before have come meanwhile
+                part.wait()
+            homeward = [*going, *([Pending(partial(_add, d_own, d_mine, stage.kv_heads))] if sliced else [])]
         if self.sources or self.chosen is not None:
             homeward += self._more_backward(q, own, grad_out, lse, delta, dq, d_own, kept, scale)
         for part in homeward:
@@ -288,7 +300,7 @@ class Pass:
                 pending = self._bring_chosen(chunks, number + 1, own, slots)
                 for part in arrived:
                     part.wait()
-                guests = _first(slots[number % 2].pages, chunks.guest_rows(number))
+                guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
                 d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
                 run(Source(own, guests, chunks.tables(number), None, d_own, d_guests))
                 homeward.append(chunks.take_home(number, d_guests, d_own))
@@ -299,14 +311,19 @@ class Pass:
 
     def _slots(self, k: Tensor, v: Tensor) -> list[_Slot]:
         """Two guest buffers, of which a single stage needs but one."""
-        rows = [stage.guest_rows for stage in self.stages]
-        width = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+        width = k.shape[0] * (k.shape[3] + v.shape[3])
+        sizes = [stage.guest_rows * len(stage.kv_heads) * width for stage in self.stages]
         # Zeros, since a page that is short leaves rows that nobody writes, and 0 times anything finite is 0.
-        first = _Slot(k.new_zeros(max(rows[::2], default=0) * width), k, v)
-        return [first, _Slot(k.new_zeros(max(rows[1::2], default=0) * width), k, v)]
+        return [_Slot(k.new_zeros(max(sizes[parity::2], default=0)), k, v) for parity in range(2)]
+
+    def _query_heads(self, stage: Stage, *tensors: Tensor) -> list[Tensor]:
+        """Those that read the stage's key/value heads, of tensors [batch, tokens, heads, ...]."""
+        share, heads = self.plan.heads // self.plan.kv_heads, stage.kv_heads
+        return [x[:, :, heads.start * share : heads.stop * share] for x in tensors]
 
     def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
-        pending = [self.exchange.bring(transfer, own, slot.pages) for transfer in stage.transfers]
+        mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
+        pending = [self.exchange.bring(transfer, mine, guests) for transfer in stage.transfers]
 
         def wait() -> None:
             for part in pending:
@@ -329,7 +346,7 @@ class Pass:
         part = guest_q.new_zeros((*guest_q.shape[:3], out.shape[3]), dtype=dtype)
         part_lse = guest_q.new_full(guest_q.shape[:3], -torch.inf, dtype=dtype)
         attention_forward(guest_q, own, _nothing(own), queries.table, part, part_lse, scale=scale)
-        mine = torch.from_numpy(queries.mine).to(out.device)
+        mine = queries.on(out.device, "mine")
         total = out.new_zeros((out.shape[0], len(mine), *out.shape[2:]), dtype=dtype)
         total_lse = lse.new_full((lse.shape[0], len(mine), lse.shape[2]), -torch.inf)
 
@@ -385,26 +402,36 @@ class Pass:
 
 
 class _Slot:
-    """A guest buffer: one flat tensor that holds rows of K and rows of V."""
+    """A guest buffer: one flat tensor that holds rows of K and rows of V, of keys and values like k and v."""
 
     def __init__(self, flat: Tensor, k: Tensor, v: Tensor) -> None:
-        self.flat = flat
-        batch, heads = k.shape[0], k.shape[2]
-        rows = flat.numel() // max(batch * heads * (k.shape[3] + v.shape[3]), 1)
-        k_size = batch * rows * heads * k.shape[3]
-        self.pages = Pages(
-            flat[:k_size].view(batch, rows, heads, k.shape[3]), flat[k_size:].view(batch, rows, heads, v.shape[3])
-        )
+        self.flat, self._batch, self._dims = flat, k.shape[0], (k.shape[3], v.shape[3])
 
+    def of_stage(self, stage: Stage) -> Pages:
+        return self.pages(stage.guest_rows, len(stage.kv_heads))
 
-def _first(pages: Pages, rows: int) -> Pages:
-    """The first rows."""
-    return Pages(pages.k[:, :rows], pages.v[:, :rows])
+    def pages(self, rows: int, heads: int) -> Pages:
+        """Room for so many rows of so many key/value heads."""
+        shapes = [(self._batch, rows, heads, dim) for dim in self._dims]
+        k_size, v_size = (math.prod(shape) for shape in shapes)
+        parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
+        return Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
 def _nothing(pages: Pages) -> Pages:
     """No rows, of the same heads."""
-    return _first(pages, 0)
+    return Pages(pages.k[:, :0], pages.v[:, :0])
+
+
+def _of_heads(pages: Pages, kv_heads: range) -> Pages:
+    """Some heads."""
+    return Pages(*(x[:, :, kv_heads.start : kv_heads.stop] for x in pages))
+
+
+def _add(total: Pages, part: Pages, kv_heads: range) -> None:
+    """Adds what was summed up of some heads to their place."""
+    for x, y in zip(_of_heads(total, kv_heads), part, strict=True):
+        x.add_(y)
 
 
 def _pages_of(pages: Pages, b: int) -> Pages:

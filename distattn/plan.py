@@ -5,10 +5,11 @@ sequence, so that all ranks come to the same answer without talking.
 
 A rank runs a plan in stages. A stage brings pages of other ranks into the arena's guest buffer and then runs the query
 tiles that need them. Schedule ``direct`` has one stage: every guest page lies in the arena at once, and each query
-tile runs once. Schedule ``ring`` has as many stages as ranks: in stage s the rank holds what it needs of rank - s, in
-one of two slots, while the next stage's pages travel; its output is kept in float32 between stages. Only pages that
-some query of the receiver visits travel, in either. (Ring attention as published forwards whole shards from neighbour
-to neighbour. Fetching from the owner moves no more, and for causal attention half.)
+tile runs once. Schedule ``slices`` has a stage for each of several slices of the key/value heads: two slots hold one
+slice each, of which one is computed while the other travels, and each query tile still runs once. Schedule ``ring`` has
+as many stages as ranks: in stage s the rank holds what it needs of rank - s, in one of two slots; its output is kept in
+float32 between stages. In each, only pages that some query of the receiver visits travel. (Ring attention as published
+forwards whole shards from neighbour to neighbour. Fetching from the owner moves no more; for causal attention half.)
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from distattn.cost import Machine, Work, step_time
 from distattn.errors import ConfigError
 from distattn.hierarchy import Hierarchy
 from distattn.layout import LAYOUTS, Layout, make_layout
+from distattn.levels import OnDevices
 from distattn.outline import Outline, count_rows, guest_pages, make_outline, owned_pages, rank_work
 from distattn.patterns import Causal, GlobalQueries
+from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -39,9 +42,12 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-SCHEDULES = ("direct", "ring")
-# A direct plan holds all guest pages at once; above this many times the rank's own rows, a ring is chosen instead.
-MAX_DIRECT_GUESTS = 2.0
+SCHEDULES = ("direct", "slices", "ring")
+# Two slots hold at most this many times the rank's own rows; if slices of heads would need more, a ring is chosen.
+MAX_GUESTS = 2.0
+# A plan is direct where fewer bytes than this come to a rank, or fewer guests than this share of its own rows, since
+# then few tiles need them; a slice has at least half as many bytes, since short messages are slow.
+FEW_BYTES, FEW_GUESTS = 128 << 20, 0.5
 
 # A custom operator takes tensors, numbers and text, so it finds its plan here by name. Plans live as long as they
 # are used.
@@ -49,7 +55,7 @@ plans: WeakValueDictionary[str, Plan] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(OnDevices):
     """What one rank does. Made by :func:`make_plan`, immutable, reused by every layer and step.
 
     Attributes:
@@ -71,6 +77,7 @@ class Plan:
     group_name: str | None
     layout: Layout
     schedule: str
+    slices: int
     block_q: int
     block_k: int
     outline: Outline
@@ -89,7 +96,7 @@ class Plan:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """What the rank does, in order. Made when first asked for: a plan on paper need not."""
-        return self._arena.stages(self.schedule)
+        return self._arena.stages(self.schedule, self.slices)
 
     @cached_property
     def guest_queries(self) -> GuestQueries | None:
@@ -116,6 +123,18 @@ class Plan:
         numbers |= {name: getattr(self, name) for name in ("world_size", "block_q", "block_k")}
         spec = AttentionSpec(Causal() & pattern if self.spec.causal else pattern)
         return _plan(spec, tuple(numbers.items()), self.rank, self.layout, "auto", self.group_name)
+
+    @property
+    def corrected_by(self) -> Ints:
+        """int64 [tokens]: the local row whose dense result corrects each row; segments begin with such rows."""
+        assert self.spec.correction is not None
+        return np.arange(self.tokens) - self.positions.numpy() % self.spec.correction.every
+
+    @property
+    def stays_dense(self) -> Bools:
+        """bool [tokens]: whether a row's result is the dense one, where others are corrected."""
+        assert self.spec.correction is not None
+        return self.positions.numpy() >= self.seq_len - self.spec.correction.every
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
@@ -179,7 +198,7 @@ class Plan:
         transfers = [t for s in self.stages for t in s.transfers]
         sent = sum(t.returned_bytes(wide * row, self.rank) for t in transfers)
         if len(self.stages) > 1:
-            # A ring does not keep its guests: it brings them again.
+            # Several stages do not keep their guests: they bring them again.
             sent += sum(t.sent_bytes(itemsize * row, self.rank, self.world_size) for t in transfers)
         if self.guest_queries is not None:
             transfer = self.guest_queries.transfer
@@ -250,7 +269,7 @@ def make_plan(
             and ``rank`` a plan on paper, which explains but does not run.
         layout: who owns which tokens: one of ``layout.LAYOUTS``, or auto: the cheapest by the cost model; or the layout
             of another plan, which this one must share if the same tensors go through both.
-        schedule: direct, ring, or auto: direct where the guest pages fit (see MAX_DIRECT_GUESTS).
+        schedule: direct, slices, ring, or auto: direct where few pages travel, else slices where these fit, else ring.
         block_q, block_k: rows of a query tile and of a page.
 
     Raises:
@@ -314,13 +333,9 @@ def _plan(
     outline = make_outline(spec.tokens.by_head(n["heads"]), n["seq_len"], blocks, world_size)
     if not isinstance(layout, Layout):
         layout = _choose_layout(layout, spec, outline, n)
-    if schedule == "auto":
-        owned = np.maximum(count_rows(owned_pages(layout, blocks[1])), 1)
-        most = max(
-            float((count_rows(guests) / owned).max()) for _, guests in guest_pages(outline, layout, n["kv_heads"])
-        )
-        schedule = "ring" if most > MAX_DIRECT_GUESTS else "direct"
-    said = repr((spec, numbers, schedule, __version__)).encode() + layout.start.tobytes() + layout.owner.tobytes()
+    schedule, slices = _choose_schedule(schedule, outline, layout, n)
+    said = repr((spec, numbers, schedule, slices, __version__)).encode()
+    said += layout.start.tobytes() + layout.owner.tobytes()
     digest = hashlib.blake2b(said, digest_size=16).hexdigest()
     plan = Plan(
         spec=spec,
@@ -334,6 +349,7 @@ def _plan(
         group_name=group_name,
         layout=layout,
         schedule=schedule,
+        slices=slices,
         block_q=blocks[0],
         block_k=blocks[1],
         outline=outline,
@@ -343,6 +359,22 @@ def _plan(
     _ = plan.hierarchy  # raises what does not fit the length
     # Equal plans are one object, so that a name never outlives the plan that it was given to.
     return plans.setdefault(plan.name, plan)
+
+
+def _choose_schedule(name: str, outline: Outline, layout: Layout, n: dict[str, Any]) -> tuple[str, int]:
+    """The schedule, and into how many slices it cuts the key/value heads; the same on all ranks."""
+    kv_heads = n["kv_heads"]
+    owned = np.maximum(count_rows(owned_pages(layout, n["block_k"])), 1)
+    guests = [(len(heads), count_rows(pages)) for heads, pages in guest_pages(outline, layout, kv_heads)]
+    share = max(float((pages / owned).max()) for _, pages in guests)
+    row_bytes = 2 * n["block_k"] * (n["head_dim"] + n["value_dim"])
+    bytes_come = float(sum(heads * pages for heads, pages in guests).max()) * row_bytes
+    wanted = min(max(int(2 * bytes_come / FEW_BYTES), 2), kv_heads)
+    slices = max(size for size in range(1, wanted + 1) if kv_heads % size == 0)
+    if name == "auto":
+        few = bytes_come < FEW_BYTES or share < FEW_GUESTS
+        name = "direct" if few else "slices" if 2 * share <= MAX_GUESTS * slices else "ring"
+    return name, slices if name == "slices" else 1
 
 
 def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:

@@ -105,7 +105,8 @@ class Stage:
                 if work is None:
                     continue
                 if self.on_gpu:
-                    watch.look_after(self.name, work)
+                    if not torch.cuda.is_current_stream_capturing():  # a graph's exchanges are under way when it runs
+                        watch.look_after(self.name, work)
                     work.wait()
                 else:
                     work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))

@@ -196,6 +196,14 @@ def make_items(
     return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
 
 
+WAVES = 1
+
+
+def grid_size(numbers: int, programs: int) -> int:
+    """How many programs go through ``numbers`` items on a chip that runs ``programs`` at once."""
+    return min(numbers, programs * WAVES)
+
+
 def longest_piece(even: float) -> int:
     """How many visits an item may have where an evenly loaded chip has so many a program."""
     return max(_SHORTEST, int(_LONGEST * even))

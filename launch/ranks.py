@@ -92,6 +92,8 @@ def join(
     if kind == "cuda":
         device = torch.device("cuda", local_rank if gpu is None else gpu)
         torch.cuda.set_device(device)
+        # Exchanges run beside kernels that fill the GPU: their streams come first when a multiprocessor is free.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     else:
         device = torch.device("cpu")
         keep_freed_memory()

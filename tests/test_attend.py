@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
 HEADS = [(4, 4), (4, 1), (4, 2)]
 LAYOUTS = ["contiguous", "zigzag", "striped", "balanced"]
-SCHEDULES = ["direct", "ring"]
+SCHEDULES = ["direct", "slices", "ring"]
 BLOCKS = [(16, 16), (16, 8), (8, 32)]
 
 
@@ -89,7 +89,7 @@ def covering(all_ranks: bool = False) -> list[Case]:
                     spec,
                     ranks,
                     LAYOUTS[(i + ranks) % 4],
-                    SCHEDULES[(i // 2 + ranks // 2) % 2],
+                    SCHEDULES[(i // 2 + ranks // 2) % 3],
                     HEADS[n % 3],
                     (32, 48, 128)[(n // 3) % 3] if ranks == 1 else 32,
                     BLOCKS[(n // 2) % 3],

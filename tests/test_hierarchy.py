@@ -86,7 +86,7 @@ def covering() -> list[Case]:
             spec,
             ranks,
             LAYOUTS[(i + ranks) % 4],
-            ("direct", "ring")[(i + ranks // 2) % 2],
+            ("direct", "slices", "ring")[(i + ranks // 2) % 3],
             HEADS[(i + ranks) % 3],
             69 + (7 * i + ranks) % 16,
             (i + ranks) % 3 == 0,
@@ -102,7 +102,7 @@ def product() -> list[Case]:
         for i, spec in enumerate(SPECS)
         for ranks in (2, 3, 4)
         for layout in LAYOUTS
-        for schedule in ("direct", "ring")
+        for schedule in ("direct", "slices", "ring")
     ]
 
 

@@ -35,7 +35,7 @@ def test_plans_made_in_two_ways_are_one_object() -> None:
 
 
 def test_what_ranks_send_is_what_the_others_receive() -> None:
-    for schedule in ("direct", "ring"):
+    for schedule in ("direct", "slices", "ring"):
         plans = [
             on_paper(presets.longformer(300, global_tokens=range(0, 5000, 700)), 5000, 4, r, schedule=schedule)
             for r in range(4)
@@ -83,12 +83,20 @@ def test_layouts_are_chosen_by_cost() -> None:
     assert on_paper(presets.dense(), 1 << 18, 8).layout.name in ("zigzag", "striped", "balanced")
 
 
-def test_dense_attention_goes_round_a_ring_and_windows_do_not() -> None:
-    ring = on_paper(presets.dense(), 1 << 16, 8, rank=5)
-    assert ring.schedule == "ring" and len(ring.stages) == 8
+def test_schedules_are_chosen_by_what_travels() -> None:
+    def chosen(spec: AttentionSpec, seq_len: int, world_size: int, kv_heads: int = 8) -> Plan:
+        sizes = {"heads": 8, "kv_heads": kv_heads, "head_dim": 128, "world_size": world_size, "rank": 1}
+        return make_plan(spec, seq_len, **sizes)
+
+    assert chosen(presets.mistral(1000), 1 << 18, 8).schedule == "direct"
+    assert chosen(presets.dense(), 1 << 12, 4).schedule == "direct"  # little travels
+    slices = chosen(presets.dense(), 1 << 18, 4)
+    assert slices.schedule == "slices" and [s.kv_heads for s in slices.stages] == [range(h, h + 1) for h in range(8)]
+    ring = chosen(presets.dense(), 1 << 18, 16)  # two slots of a slice would hold nearly four times its own rows
+    assert ring.schedule == "ring" and len(ring.stages) == 16
     # Two slots: no stage holds more than one other rank's rows.
-    assert max(stage.guest_rows for stage in ring.stages) <= (1 << 16) // 8
-    assert on_paper(presets.mistral(1000), 1 << 16, 8).schedule == "direct"
+    assert max(stage.guest_rows for stage in ring.stages) <= (1 << 18) // 16
+    assert chosen(presets.dense(), 1 << 19, 4, kv_heads=1).schedule == "ring"
 
 
 @pytest.mark.full
