@@ -387,7 +387,7 @@ class Hierarchy(OnDevices):
         Chosen pages that travel are not among the bytes: the data decide which do.
         """
         world, wide = self.layout.world_size, max(itemsize, 4)
-        first, size, summaries, chosen = self._visited()
+        first, size, summaries, chosen = self.visited()
         owner = self.layout.owner_of(first)
         pairs = np.bincount(owner, (summaries + chosen) * size, world) * self.heads
         sent, received = np.zeros((2, world))
@@ -409,11 +409,11 @@ class Hierarchy(OnDevices):
 
     def pairs(self, unit: int) -> Ints:
         """int64 [units]: (query, summary) and (query, chosen token) pairs of all heads, by unit of so many queries."""
-        first, size, summaries, chosen = self._visited()
+        first, size, summaries, chosen = self.visited()
         by_unit = np.bincount(first // unit, (summaries + chosen) * size, -(-self.length // unit))
         return by_unit.astype(np.int64) * self.heads
 
-    def _visited(self) -> tuple[Ints, Ints, Ints, Ints]:
+    def visited(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Runs of queries that visit alike: (first, how many, summaries, tokens of chosen chunks), of each query."""
         chunk, reach = self.window
         first = np.arange(0, self.length, chunk)

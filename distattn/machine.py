@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 KINDS = ("pattern", "biased", "chosen", "summaries")
 WAYS = ("forward", "resume", "backward")
 EXCHANGES = ("neighbours", "all_to_all", "all_gather")
-HOST = ("forward", "backward", "exchange")
+HOST = ("launch", "forward", "backward", "exchange")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Machine:
         matmul: FLOP/s of a large product of matrices, for orientation.
         copy: bytes a second that are read and written, of a plain copy on the device.
         pack: the same of packing rows for a journey, or unpacking them.
-        host: seconds of the host: "forward" and "backward" of a call beside its launches, "exchange" of one transfer.
+        host: seconds of the host: "launch" of a small kernel, "forward" and "backward" of a call beside its launches of tile
+            kernels, "exchange" of one transfer.
         exchanges: by kind of transfer, see ``messages.Transfer``.
         drag: by kind, how many seconds a kernel loses for each second of an exchange that runs beside it: 0 where they
             do not disturb each other, 1 where they might as well run one after the other.

@@ -27,13 +27,15 @@ import torch
 from distattn import __version__
 from distattn.algebra import Pattern
 from distattn.arena import ArenaBuilder, GuestQueries, Stage
-from distattn.cost import Machine, Work, step_time
+from distattn.cost import Work
 from distattn.errors import ConfigError
 from distattn.hierarchy import Hierarchy
 from distattn.layout import LAYOUTS, Layout, make_layout
 from distattn.levels import OnDevices
+from distattn.machine import Machine
 from distattn.outline import Outline, count_rows, guest_pages, make_outline, owned_pages, rank_work
 from distattn.patterns import Causal, GlobalQueries
+from distattn.prediction import Task, predict_task
 from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
 
@@ -48,6 +50,9 @@ MAX_GUESTS = 2.0
 # A plan is direct where fewer bytes than this come to a rank, or fewer guests than this share of its own rows, since
 # then few tiles need them; a slice has at least half as many bytes, since short messages are slow.
 FEW_BYTES, FEW_GUESTS = 128 << 20, 0.5
+
+# The machine for which layouts are chosen: equal on all ranks, whatever they run on.
+DEFAULT_MACHINE = "h100"
 
 # A custom operator takes tensors, numbers and text, so it finds its plan here by name. Plans live as long as they
 # are used.
@@ -229,7 +234,7 @@ class Plan(OnDevices):
         """
         from distattn.explain import explain
 
-        return explain(self, itemsize, machine or Machine.h100())
+        return explain(self, itemsize, machine or Machine.load(DEFAULT_MACHINE))
 
     def picture(self, path: str | Path) -> Path:
         """Writes a PNG of the pattern, its tiles and the ranks that own them. Needs matplotlib."""
@@ -332,7 +337,7 @@ def _plan(
     world_size, blocks = n["world_size"], (n["block_q"], n["block_k"])
     outline = make_outline(spec.tokens.by_head(n["heads"]), n["seq_len"], blocks, world_size)
     if not isinstance(layout, Layout):
-        layout = _choose_layout(layout, spec, outline, n)
+        layout = _choose_layout(layout, spec, outline, n, schedule)
     schedule, slices = _choose_schedule(schedule, outline, layout, n)
     said = repr((spec, numbers, schedule, slices, __version__)).encode()
     said += layout.start.tobytes() + layout.owner.tobytes()
@@ -387,7 +392,9 @@ def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
     return unit if spec.correction is None else math.lcm(unit, spec.correction.every)
 
 
-def _choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any]) -> Layout:
+def _choose_layout(
+    name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any], schedule: str
+) -> Layout:
     blocks = n["block_q"], n["block_k"]
     unit = _unit(spec, *blocks)
     per_unit = unit // blocks[0]
@@ -406,15 +413,12 @@ def _choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str
     if n["world_size"] == 1:
         return make_layout("contiguous", n["seq_len"], 1, unit)
     sizes = n["kv_heads"], n["head_dim"], n["value_dim"]
+    machine = Machine.load(DEFAULT_MACHINE)
     best: tuple[float, Layout] | None = None
     for candidate in LAYOUTS:
         layout = make_layout(candidate, n["seq_len"], n["world_size"], unit, work)
-        parts = rank_work(outline, layout, *sizes, itemsize=2)
-        hierarchy = levels(layout)
-        if hierarchy is not None:
-            more = hierarchy.work(2, n["head_dim"], n["value_dim"])
-            parts = [a.plus(b) for a, b in zip(parts, more, strict=True)]
-        time = max(step_time(Machine.h100(), part).total for part in parts)
+        how = _choose_schedule(schedule, outline, layout, n)
+        time = predict_task(Task(outline, layout, levels(layout), *how, *sizes, itemsize=2), machine).seconds
         # Layouts come in the order of preference: a later one must be better, not equal.
         if best is None or time < best[0] * 0.99:
             best = (time, layout)

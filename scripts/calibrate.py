@@ -41,7 +41,7 @@ from distattn.kernels.attention import Biases, Pages, attention_backward, attent
 from distattn.kernels.rows import Places, pack_rows, unpack_rows
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
-from distattn.machine import EXCHANGES, ChoiceSpeed, Curve, KernelSpeed, Machine
+from distattn.machine import EXCHANGES, HOST, ChoiceSpeed, Curve, KernelSpeed, Machine
 from distattn.patterns import BlockSparse, Causal, GlobalKeys, Pattern, SlidingWindow
 from distattn.plan import Plan, make_plan
 from distattn.selection import choose, summary_table
@@ -344,7 +344,7 @@ def measure_memory(s: Setting) -> tuple[float, float, float]:
 def measure_host(s: Setting, kernels: Sequence[KernelSpeed], mesh: Any) -> dict[str, float]:
     """Seconds that the host needs beside launches; 0 on CPUs, where calls wait for their results."""
     if s.device.type != "cuda":
-        return dict.fromkeys(("forward", "backward", "exchange"), 0.0)
+        return dict.fromkeys(HOST, 0.0)
     plan = s.plan(AttentionSpec(Causal()), 1024)
     q, k, v = (s.random(1024, heads).requires_grad_() for heads in (s.heads, s.kv_heads, s.kv_heads))
     kept: list[Tensor] = []
@@ -358,7 +358,9 @@ def measure_host(s: Setting, kernels: Sequence[KernelSpeed], mesh: Any) -> dict[
     launch = {
         way: next(x.host for x in kernels if (x.kind, x.way) == ("pattern", way)) for way in ("forward", "backward")
     }
+    small = torch.zeros(8, device=s.device)
     found = {
+        "launch": median(lambda: small.add_(1), s, 50)[1],
         "forward": max(median(forward, s, 20)[1] - launch["forward"], 0.0),
         "backward": max(median(backward, s, 20)[1] - launch["backward"], 0.0),
     }
@@ -438,7 +440,9 @@ def measure_exchanges(s: Setting, say: Callable[[str], None]) -> tuple[dict[str,
             points.append((leave, together(lambda begin=begin: [x.wait() for x in begin()], s), nbytes))
             say(f"{kind}: {leave / 2**20:10.3f} MiB leave a rank, {1e3 * points[-1][1]:9.3f} ms, "
                 f"{leave / points[-1][1] / 1e9:7.1f} GB/s")
-        curves[kind] = Curve(*map(tuple, list(zip(*points, strict=True))[:2]))
+        leaving, times, _ = zip(*points, strict=True)
+        # What is smaller takes no longer.
+        curves[kind] = Curve(leaving, tuple(np.minimum.accumulate(times[::-1])[::-1].tolist()))
         # Beside a kernel that lasts longer: started first, as passes do.
         alone = together(kernel, s)
         _, took, nbytes = min(points, key=lambda point: abs(point[1] - alone / 2))
@@ -513,6 +517,7 @@ def main() -> None:
     if world > 1:
         from torch.distributed.device_mesh import init_device_mesh
 
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the launcher does
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
         mesh = init_device_mesh(device.type, (world,))
     first = world == 1 or dist.get_rank() == 0
