@@ -284,14 +284,13 @@ def test_the_survivor_raises_a_typed_error_in_time(chaos: ModuleType, name: str)
 def test_a_rank_that_freezes_before_the_gpus_have_met(chaos: ModuleType) -> None:
     """NCCL connects two ranks when they first exchange something, and the one that begins waits in that call."""
     fault = chaos.Fault("freeze", 1, 1, "bring")
-    outcome = chaos.play(fault, "window", 2, 20.0, device="cuda", warm=False)
-    assert chaos.judge(fault, outcome, 2, 20.0) == [], outcome
+    outcome = chaos.play(fault, "window", 2, 6.0, device="cuda", warm=False)
+    assert chaos.judge(fault, outcome, 2, 6.0) == [], outcome
     assert outcome.struck and outcome.type_of(0) == "StepTimeout", outcome
 
 
-@pytest.mark.parametrize("spec", ["window", "chosen"])
-def test_sound_ranks_end_well(chaos: ModuleType, spec: str) -> None:
-    outcome = chaos.play(chaos.Fault(), spec, 2, DEADLINE, device="cuda")
+def test_sound_ranks_end_well(chaos: ModuleType) -> None:
+    outcome = chaos.play(chaos.Fault(), "window", 2, DEADLINE, device="cuda")
     assert chaos.judge(chaos.Fault(), outcome, 2, DEADLINE) == [], outcome
     assert (outcome.code, outcome.done) == (0, {0, 1})
 
