@@ -110,7 +110,7 @@ class Stage:
                 if work is None:
                     continue
                 if self.on_gpu:
-                    if not torch.cuda.is_current_stream_capturing():  # a graph's exchanges are under way when it runs
+                    if not _capturing():  # a graph's exchanges are under way when it runs
                         watch.look_after(self.name, work)
                     work.wait()
                 else:
@@ -370,6 +370,10 @@ class Watch:
 
     def _abort(self) -> None:
         self.group._get_backend(torch.device("cuda")).abort()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _key(rank: int) -> str:
