@@ -6,7 +6,10 @@ its deadline, the rank reads everybody's notes: who says nothing new is frozen o
 and who waits for something else disagrees. A rank that fails or is done says so in a last note.
 
 On CPUs (gloo) waiting ends by itself, with an error. On GPUs (NCCL) it only orders streams, so that the thread looks
-after what is under way: at the deadline it aborts the communicators, and the next exchange raises.
+after what is under way: at the deadline it aborts the communicators, and the next exchange raises. Until then a job may
+compute with rows that never came: whatever else it raises follows from that (see `aborted`). By default NCCL's own
+watchdog ends a process whose communicators fail or are aborted, by SIGABRT: ranks that the launchers start are told not
+to (`launch.ranks.join`).
 """
 
 from __future__ import annotations
@@ -83,11 +86,13 @@ class Stage:
         self.watch, self.name, self.tag, self.on_gpu = watch, name, tag, on_gpu
 
     def __enter__(self) -> None:
-        return None
+        if self.on_gpu:  # NCCL connects ranks when they first exchange something: starting may wait for a peer
+            self.watch.starting = self.name, time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.watch.starting = None
         if isinstance(error, RuntimeError) and not isinstance(error, DistattnError | torch.OutOfMemoryError):
             raise self.watch.explain(self.name, error) from error
 
@@ -105,7 +110,7 @@ class Stage:
                 if work is None:
                     continue
                 if self.on_gpu:
-                    if not torch.cuda.is_current_stream_capturing():  # a graph's exchanges are under way when it runs
+                    if not _capturing():  # a graph's exchanges are under way when it runs
                         watch.look_after(self.name, work)
                     work.wait()
                 else:
@@ -123,6 +128,7 @@ class Watch:
         self.calls, self.last, self.waiting, self.late, self.digest = 0, "", "", False, 0
         self.end = self.cause = ""
         self.verdict: DistattnError | None = None
+        self.starting: tuple[str, float] | None = None  # an exchange on a GPU, and since when
         self._beat = 0
         self._under_way: deque[tuple[str, dist.Work, float]] = deque()
         self._questions: queue.SimpleQueue[queue.SimpleQueue[Notes | None] | None] = queue.SimpleQueue()
@@ -201,6 +207,12 @@ class Watch:
         """Lets the others know with the next note that this rank raises an error of that kind."""
         self.end, self.cause = kind.__name__, f"rank {self.rank} failed: {kind.__name__}: {why}"
 
+    def aborted(self) -> DistattnError | None:
+        """Why exchanges on a GPU did not end as they should; None if they did. Takes up to 7 s if they did not."""
+        while self.verdict is None and self._under_way and self._device_error() and self._thread.is_alive():
+            time.sleep(BEAT / 10)  # the thread is about to find out
+        return self.verdict
+
     def leave(self) -> None:
         """Returns when all ranks have left after the same exchanges; a rank that is busy elsewhere is waited for.
 
@@ -209,8 +221,8 @@ class Watch:
             PeerLost: a rank failed, or says nothing for the length of the deadline.
             StepTimeout: a rank failed with it, or an exchange on a GPU did not end within its deadline.
         """
-        if self.verdict is not None:
-            raise self.verdict
+        if verdict := self.aborted():
+            raise verdict
         self.end = _LEFT
         heard: dict[int, tuple[int, float]] = {}
         pause = 0.02
@@ -333,19 +345,16 @@ class Watch:
             return None
 
     def _look_after_work(self) -> None:
-        under_way = self._under_way
-        if not under_way or self.verdict is not None:
+        under_way, starting = self._under_way, self.starting
+        if not (under_way or starting) or self.verdict is not None:
             return
-        name, _, began = under_way[0]
         problem = self._device_error()  # first: what has failed counts as completed
-        if problem is None:
-            while under_way and under_way[0][1].is_completed():
-                under_way.popleft()
-            if not under_way:
-                return
-            name, _, began = under_way[0]
-            if time.monotonic() < began + self.deadline:
-                return
+        while problem is None and under_way and under_way[0][1].is_completed():
+            under_way.popleft()
+        oldest = (under_way[0][0], under_way[0][2]) if under_way else starting
+        if oldest is None or (problem is None and time.monotonic() < oldest[1] + self.deadline):
+            return
+        name = oldest[0]
         self.verdict = self._diagnose(name, problem, StepTimeout, self._read)
         self.end = type(self.verdict).__name__
         print(f"distattn: {self.verdict}", flush=True)  # should the main thread not get so far
@@ -361,6 +370,10 @@ class Watch:
 
     def _abort(self) -> None:
         self.group._get_backend(torch.device("cuda")).abort()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _key(rank: int) -> str:
@@ -410,6 +423,11 @@ def fail(error: BaseException) -> None:
     """Tells the other ranks, in all process groups, that this one is about to end. Never raises."""
     for watch in _watches.values():
         watch.fail(error)
+
+
+def aborted() -> DistattnError | None:
+    """Why exchanges on a GPU did not end as they should, in whichever process group; None if they did."""
+    return next((verdict for watch in _watches.values() if (verdict := watch.aborted())), None)
 
 
 @atexit.register

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from distattn.errors import DistattnError
+
 DID_NOT_START = "DidNotStart"
 """The kind of a failure: the rank was not ready in time."""
 
@@ -61,10 +63,23 @@ class Decision(Enum):
 
 def failure_of(rank: int, error: BaseException) -> Failure:
     """The failure of a rank that raised, just now."""
-    when = time.time()
+    when, error = time.time(), cause_of(error)
     summary = traceback.format_exception_only(error)[-1].strip()
     detail = "".join(traceback.format_exception(error, limit=-6))
     return Failure(rank, f"failed: {summary}", detail.rstrip(), when, kind=type(error).__name__)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a rank really failed with: once an exchange on a GPU was aborted, it computes with rows that never came."""
+    if isinstance(error, DistattnError) or not isinstance(error, Exception) or "distattn.watch" not in sys.modules:
+        return error
+    from distattn.watch import aborted
+
+    verdict = aborted()
+    if verdict is None:
+        return error
+    verdict.__cause__ = error
+    return verdict
 
 
 def tell_the_others(error: BaseException) -> None:

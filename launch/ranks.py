@@ -102,6 +102,8 @@ def join(
         assert store is not None
         _assemble(store, rank, world_size, timeout)
         set_deadline(timeout)
+        # Of ProcessGroupNCCL: it aborts what has failed, and does not end the process, which has an error to raise.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             store=store,

@@ -56,7 +56,7 @@ def launch(config: Config, job: Job, device: Device, output_dir: Path, number: i
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from distattn.launch.failures import tell_the_others
+    from distattn.launch.failures import cause_of, tell_the_others
     from distattn.launch.ranks import join, leave
 
     rank = int(os.environ["RANK"])
@@ -90,7 +90,8 @@ def launch(config: Config, job: Job, device: Device, output_dir: Path, number: i
             result = work(display)
         return print_result(result)
     except Exception as error:
-        print(f"distattn: rank {rank} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        cause = cause_of(error)
+        print(f"distattn: rank {rank} failed: {type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         tell_the_others(error)
         # torchrun finds the first error by whole seconds, and ends the others as soon as this rank is gone: first they

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distattn.conf.schema import Config
     from distattn.jobs.context import Context
+    from distattn.launch.device import Device
 
 GRACE = 10.0
 """Seconds after the deadline within which a faulted run must have ended."""
@@ -97,10 +98,11 @@ def work(config: Config, context: Context) -> dict[str, Any]:
 
     import distattn
     from distattn import exchange
+    from distattn.watch import set_deadline
 
     params: dict[str, Any] = config.job.params  # type: ignore[attr-defined]
     fault = Fault(params["kind"], params["rank"], params["at"], params["where"])
-    folder, deadline = context.output_dir, config.launcher.timeout
+    folder, deadline = context.output_dir, params.get("deadline", config.launcher.timeout)
     (folder / f"pid{context.rank}").write_text(str(os.getpid()))
     torch.set_num_threads(1)
     spec, schedule = make_spec(params["spec"])
@@ -116,13 +118,16 @@ def work(config: Config, context: Context) -> dict[str, Any]:
             struck.write_text(str(time.time()))
             harm(fault.kind, deadline)
 
+    if params.get("warm"):
+        take_step(0, plan, alone, context.device)
+    set_deadline(deadline)
     if context.rank == fault.rank and fault.kind not in ("none", "skip", "extra"):
         exchange.before_stage = strike
     for step in range(params.get("steps", STEPS)):
         other = fault.kind if context.rank == fault.rank and step == fault.at else ""
         if other in ("skip", "extra"):
             struck.write_text(str(time.time()))
-        take_step(step, plan, alone, other)
+        take_step(step, plan, alone, context.device, other)
         context.progress("steps", step + 1, params.get("steps", STEPS))
     (folder / f"done{context.rank}").touch()
     return {"report": "all steps are right"}
@@ -149,7 +154,7 @@ def make_spec(name: str) -> tuple[Any, str]:
     raise ValueError(f"spec is {name!r}; expected one of {', '.join(SPECS)}")
 
 
-def take_step(step: int, plan: Any, alone: Any, other: str = "") -> None:
+def take_step(step: int, plan: Any, alone: Any, device: Any, other: str = "") -> None:
     """Raises AssertionError if outputs or gradients are not those of one rank alone; other: "skip" or "extra"."""
     import torch
 
@@ -160,13 +165,13 @@ def take_step(step: int, plan: Any, alone: Any, other: str = "") -> None:
     q, k, v, weight = full[0], full[1], torch.randn_like(full[1]), torch.randn_like(full[0])
     results = []
     for p in (plan, alone):
-        mine = [p.shard(x).clone().requires_grad_() for x in (q, k, v)]
+        mine = [p.shard(x).to(device, copy=True).requires_grad_() for x in (q, k, v)]
         out = attend(*mine, p)
         if p is plan and other == "extra":
             attend(*mine, p)
         if p is plan and other == "skip":
             return
-        (out * p.shard(weight)).sum().backward()
+        (out * p.shard(weight).to(device)).sum().backward()
         results.append([out.detach(), *(x.grad for x in mine)])
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         error = (ours - plan.shard(theirs)).abs().max().item() if plan.tokens else 0.0
@@ -195,13 +200,27 @@ def harm(kind: str, deadline: float) -> None:
 # The runs
 
 
-def play(fault: Fault, spec: str, ranks: int, deadline: float, steps: int = STEPS) -> Outcome:
-    """Runs the job with a fault in it."""
+def play(
+    fault: Fault,
+    spec: str,
+    ranks: int,
+    deadline: float,
+    steps: int = STEPS,
+    device: Device = "cpu",
+    warm: bool | None = None,
+) -> Outcome:
+    """Runs the job with a fault in it.
+
+    Args:
+        deadline: seconds that an exchange may take.
+        warm: whether a step comes first that has no fault and half a minute more: a GPU's ranks connect and compile at
+            their first steps, and not equally fast. None: on GPUs.
+    """
     from distattn.launch import local
 
     params = {"kind": fault.kind, "rank": fault.rank, "at": fault.at, "where": f"'{fault.where}'"}
-    params |= {"spec": spec, "steps": steps}
-    config = make_config("chaos:work", deadline, params)
+    params |= {"spec": spec, "steps": steps, "deadline": deadline, "warm": device == "cuda" if warm is None else warm}
+    config = make_config("chaos:work", deadline + 30 * (device == "cuda"), params)
     with tempfile.TemporaryDirectory(prefix="distattn-chaos-") as name:
         folder, text = Path(name), io.StringIO()
         began = time.time()
@@ -210,7 +229,7 @@ def play(fault: Fault, spec: str, ranks: int, deadline: float, steps: int = STEP
         timer.start()
         try:
             with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
-                code: int | None = local.launch(config, "cpu", ranks, folder)
+                code: int | None = local.launch(config, device, ranks, folder)
         except SystemExit:
             code = None
         finally:
@@ -296,6 +315,7 @@ def main() -> None:
         "--seed", type=int, default=0, help="of the faults; the same ones with the same number of ranks"
     )
     parser.add_argument("--ranks", type=positive, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU a rank")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds that an exchange may take")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--csv", type=in_a_folder, help="where to write the rows")
@@ -308,7 +328,7 @@ def main() -> None:
             print(f"{arguments.runs - number} runs were not begun, for want of time")
             break
         fault, spec = draw(source, arguments.ranks)
-        outcome = play(fault, spec, arguments.ranks, arguments.deadline)
+        outcome = play(fault, spec, arguments.ranks, arguments.deadline, device=arguments.device)
         bad = judge(fault, outcome, arguments.ranks, arguments.deadline)
         types = [outcome.type_of(rank) for rank in range(arguments.ranks) if rank != fault.rank]
         rows.append(

@@ -1,4 +1,4 @@
-"""Four rank processes that live as long as the test run, and do what tests give them."""
+"""Rank processes that live as long as the test run, and do what tests give them."""
 
 import importlib.util
 import inspect
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from distattn.launch.device import Device
 from distattn.launch.local import rank_environment
 from distattn.launch.processes import Exit, Line, Message, Processes, receive, send
 
@@ -48,8 +49,8 @@ class _Error(NamedTuple):
 class RankPool:
     """Processes that start at the first call, and again after a call that left them in an unknown state."""
 
-    def __init__(self, size: int = 4) -> None:
-        self.size = size
+    def __init__(self, size: int = 4, device: Device = "cpu") -> None:
+        self.size, self.device = size, device  # on "cuda" a GPU each
         self._processes: Processes | None = None
         self._store: Any = None
 
@@ -98,7 +99,7 @@ class RankPool:
             import torch.distributed as dist
 
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            seats = [(rank, self.size, self._store.port) for rank in range(self.size)]
+            seats = [(rank, self.size, self._store.port, self.device) for rank in range(self.size)]
             path = [str(Path(__file__).parent)]
             self._processes = Processes("rank_pool:serve", seats, rank_environment(), path)
             self._collect(self._processes, self.size, START_TIMEOUT)
@@ -135,7 +136,7 @@ class RankPool:
         return [results[rank] for rank in range(ranks)]
 
 
-def serve(connection: Connection, seat: tuple[int, int, int]) -> None:
+def serve(connection: Connection, seat: tuple[int, int, int, Device]) -> None:
     """What a process of the pool does: join the world, then one call after the other until it is ended."""
     import torch
     import torch.distributed as dist
@@ -144,20 +145,30 @@ def serve(connection: Connection, seat: tuple[int, int, int]) -> None:
     from distattn.jobs.context import Context
     from distattn.launch.ranks import MESH_DIM
 
-    rank, size, port = seat
+    rank, size, port, kind = seat
     torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if kind == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=rank,
+        world_size=size,
+        device_id=None if kind == "cpu" else device,
+    )
     meshes: dict[int, DeviceMesh | None] = {1: None}
     for ranks in range(2, size + 1):
         group = dist.new_group(list(range(ranks)))
         if rank < ranks:
-            meshes[ranks] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(MESH_DIM,))
+            meshes[ranks] = DeviceMesh.from_group(group, kind, mesh_dim_names=(MESH_DIM,))
     with tempfile.TemporaryDirectory() as folder:
         send(connection, _Result(None))
         while True:
             call: _Call = receive(connection)
-            context = Context(rank, call.ranks, rank, torch.device("cpu"), meshes[call.ranks], Path(folder))
+            context = Context(rank, call.ranks, rank, device, meshes[call.ranks], Path(folder))
             try:
                 function: Any = _load(call.path, call.module)
                 for name in call.function.split("."):

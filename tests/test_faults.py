@@ -1,5 +1,6 @@
 """What goes wrong between ranks ends in a typed error on every survivor, soon, and leaves nothing behind."""
 
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from distattn import agreement, attend, make_plan, reference
 from distattn.data import open_corpus
 from distattn.errors import ConfigError, PeerLost, PlanMismatch, StepTimeout
 from distattn.jobs.context import Context
-from distattn.launch import local, processes
+from distattn.launch import failures, local, processes
 from distattn.patterns import Causal, SlidingWindow
 from distattn.plan import Plan
 from distattn.watch import set_deadline, watch_of
@@ -235,8 +236,8 @@ class Stuck:
         pass
 
 
-def runs_on_a_gpu(context: Context, says: str | None) -> list[str]:
-    """What the thread does about an operation that never ends, or when NCCL says that it failed."""
+def runs_on_a_gpu(context: Context, says: str | None, starting: bool) -> list[str]:
+    """What the thread does about an operation that never ends, or never starts, or when NCCL says that it failed."""
     set_deadline(1.0)
     assert context.mesh is not None
     watch = watch_of(context.mesh.get_group().group_name)
@@ -247,10 +248,16 @@ def runs_on_a_gpu(context: Context, says: str | None) -> list[str]:
     found = []
     if context.rank == 0:
         stage = watch.enter("bring neighbours", on_gpu=True)
-        stage.wait([Stuck()])  # type: ignore[list-item]
-        assert time.monotonic() < began + 0.4 and not aborted
-        while not aborted and time.monotonic() < began + 20:
-            time.sleep(0.05)
+        if not starting:
+            stage.wait([Stuck()])  # type: ignore[list-item]
+            assert time.monotonic() < began + 0.4 and not aborted
+        with contextlib.nullcontext() if not starting else pytest.raises(StepTimeout), stage:
+            while not aborted and time.monotonic() < began + 20:
+                time.sleep(0.05)
+            if starting:
+                raise RuntimeError("NCCL communicator was aborted")
+        cause = failures.cause_of(AssertionError("wrong numbers"))
+        assert cause is watch.verdict and isinstance(cause.__cause__, AssertionError)
         for again in (lambda: stage.wait([]), lambda: watch.enter("more")):
             with pytest.raises(PeerLost if says else StepTimeout) as caught:
                 again()
@@ -263,19 +270,21 @@ def runs_on_a_gpu(context: Context, says: str | None) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "says, expected",
+    "says, starting, expected",
     [
-        (None, "exchange 1: bring neighbours: did not end within 1 s; rank 1 has not come so far"),
+        (None, False, "exchange 1: bring neighbours: did not end within 1 s; rank 1 has not come so far"),
+        (None, True, "exchange 1: bring neighbours: did not end within 1 s; "),
         (
             "NCCL says REMOTE_ERROR",
+            False,
             "exchange 1: bring neighbours: failed (NCCL says REMOTE_ERROR); all other ranks run",
         ),
     ],
 )
-def test_the_watch_aborts_what_does_not_end_on_a_gpu(says: str | None, expected: str) -> None:
+def test_the_watch_aborts_what_does_not_end_on_a_gpu(says: str | None, starting: bool, expected: str) -> None:
     pool = RankPool(size=2)
     try:
-        found = pool(2, runs_on_a_gpu, says, timeout=60)[0]
+        found = pool(2, runs_on_a_gpu, says, starting, timeout=60)[0]
     finally:
         pool.close()
     assert len(found) == 2 and found[0] == found[1]

@@ -118,6 +118,24 @@ def one_freezes(config: Config, context: Context) -> None:
     raise RuntimeError("the other is frozen")
 
 
+def disagrees(config: Config, context: Context) -> None:
+    """Rank 1 has another spec, or another batch; each rank writes how many bytes it has given away."""
+    import torch
+
+    import distattn
+    from distattn.operators import sent
+
+    (context.output_dir / f"pid{context.rank}").write_text(str(os.getpid()))
+    what = context.rank and config.job.params["what"]  # type: ignore[attr-defined]
+    spec = distattn.presets.mistral(21 if what == "spec" else 20)
+    plan = distattn.make_plan(spec, 64, heads=2, head_dim=32, mesh=context.mesh, block_q=16, block_k=16)
+    x = torch.ones(2 if what == "batch" else 1, plan.tokens, 2, 32, device=context.device)
+    try:
+        distattn.attend(x, x, x, plan)
+    finally:
+        (context.output_dir / f"sent{context.rank}").write_text(str(sent.total))
+
+
 def waits(config: Config, context: Context) -> None:
     context.log(f"pid {os.getpid()}")
     time.sleep(1000)
