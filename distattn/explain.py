@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from distattn.cost import Prediction, Work
-from distattn.machine import Machine
 from distattn.kernels.attention import choose_by_shape
-step_time=None
+from distattn.machine import Machine
+
+step_time = None
 
 if TYPE_CHECKING:
     from distattn.plan import Plan

@@ -146,9 +146,7 @@ class _View:
             sent = received[(rank + distance) % self.world]
             there = Tiles(visits[:, distance], rows[:, distance], masked[:, distance])
             step = received / self.kv_heads
-            loads.append(
-                Load("neighbours", distance, sent, received, step, (nothing, 0.0), empty, there, resumes=True)
-            )
+            loads.append(Load("neighbours", distance, sent, received, step, (nothing, 0.0), empty, there, resumes=True))
         return loads if self._few else [loads[0], *[loads[1]] * (self.world - 1)]
 
     def _tiles(self) -> tuple[Floats, Floats, NDArray[np.bool_]]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,8 +115,8 @@ class Machine:
         matmul: FLOP/s of a large product of matrices, for orientation.
         copy: bytes a second that are read and written, of a plain copy on the device.
         pack: the same of packing rows for a journey, or unpacking them.
-        host: seconds of the host: "launch" of a small kernel, "forward" and "backward" of a call beside its launches of tile
-            kernels, "exchange" of one transfer.
+        host: seconds of the host: "launch" of a small kernel, "forward" and "backward" of a call beside its
+            launches of tile kernels, "exchange" of one transfer.
         exchanges: by kind of transfer, see ``messages.Transfer``.
         drag: by kind, how many seconds a kernel loses for each second of an exchange that runs beside it: 0 where they
             do not disturb each other, 1 where they might as well run one after the other.
@@ -224,10 +224,13 @@ def _read(text: str, where: str) -> Machine:
     for name in numbers:
         _number(values[name], f"{name} of {where}", above=0.0)
     _number(values["between_latency"], f"between_latency of {where}")
-    values["kernels"] = tuple(_row(KernelSpeed, x, f"kernels of {where}", ("itemsize", "block_q", "block_k", "dim"))
-                              for x in _list(values["kernels"], f"kernels of {where}"))
-    values["choices"] = tuple(_row(ChoiceSpeed, x, f"choices of {where}", ())
-                              for x in _list(values["choices"], f"choices of {where}"))
+    values["kernels"] = tuple(
+        _row(KernelSpeed, x, f"kernels of {where}", ("itemsize", "block_q", "block_k", "dim"))
+        for x in _list(values["kernels"], f"kernels of {where}")
+    )
+    values["choices"] = tuple(
+        _row(ChoiceSpeed, x, f"choices of {where}", ()) for x in _list(values["choices"], f"choices of {where}")
+    )
     for speed in values["kernels"]:
         if speed.kind not in KINDS or speed.way not in WAYS:
             raise ConfigError(f"kernels of {where} has {speed.kind!r}, {speed.way!r}; expected {KINDS}, {WAYS}")

@@ -167,11 +167,15 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     # Holding the plan keeps it in the registry until the backward pass.
     ctx.plan, ctx.rest = plans[plan], (tokens, plan, scale)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_out, grad_lse, *_):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
+    # Made here: autograd would make such zeros of what a pass keeps, too.
+    grad_out, grad_lse = (
+        saved[i].new_zeros(saved[i].shape) if g is None else g for i, g in enumerate((grad_out, grad_lse))
+    )
     grads = iter(torch.ops.distattn.attend_backward(grad_out, grad_lse, *saved, *ctx.rest))
     inputs = saved[6:]
     given = [None if x is None else next(grads) for x in inputs[:_DIFFERENTIABLE]]

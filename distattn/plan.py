@@ -35,9 +35,10 @@ from distattn.levels import OnDevices
 from distattn.machine import Machine
 from distattn.outline import Outline, count_rows, guest_pages, make_outline, owned_pages, rank_work
 from distattn.patterns import Causal, GlobalQueries
-from distattn.prediction import Task, predict_task
+from distattn.prediction import predict_task
 from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
+from distattn.task import Task
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -392,9 +393,7 @@ def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
     return unit if spec.correction is None else math.lcm(unit, spec.correction.every)
 
 
-def _choose_layout(
-    name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any], schedule: str
-) -> Layout:
+def _choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any], schedule: str) -> Layout:
     blocks = n["block_q"], n["block_k"]
     unit = _unit(spec, *blocks)
     per_unit = unit // blocks[0]

@@ -217,7 +217,9 @@ def cases(s: Setting) -> list[Case]:
 
     def portable(dtype: torch.dtype, block: int, length: int) -> Callable[[Setting], list[Launch]]:
         return lambda s: [
-            planned(s, f"{n} blocks of {block} a row", blocks_a_row(length, block, n), length, both, False, block, dtype)
+            planned(
+                s, f"{n} blocks of {block} a row", blocks_a_row(length, block, n), length, both, False, block, dtype
+            )
             for n in (8, 24)
         ]
 
@@ -438,8 +440,10 @@ def measure_exchanges(s: Setting, say: Callable[[str], None]) -> tuple[dict[str,
         for nbytes in [SMALLEST << shift for shift in range(0, 64, 2) if SMALLEST << shift <= largest]:
             begin, leave = start(kind, nbytes, s)
             points.append((leave, together(lambda begin=begin: [x.wait() for x in begin()], s), nbytes))
-            say(f"{kind}: {leave / 2**20:10.3f} MiB leave a rank, {1e3 * points[-1][1]:9.3f} ms, "
-                f"{leave / points[-1][1] / 1e9:7.1f} GB/s")
+            say(
+                f"{kind}: {leave / 2**20:10.3f} MiB leave a rank, {1e3 * points[-1][1]:9.3f} ms, "
+                f"{leave / points[-1][1] / 1e9:7.1f} GB/s"
+            )
         leaving, times, _ = zip(*points, strict=True)
         # What is smaller takes no longer.
         curves[kind] = Curve(leaving, tuple(np.minimum.accumulate(times[::-1])[::-1].tolist()))
@@ -456,8 +460,10 @@ def measure_exchanges(s: Setting, say: Callable[[str], None]) -> tuple[dict[str,
 
         both = together(beside, s)
         drags[kind] = min(max(both - max(alone, took), 0.0) / min(took, alone), 1.0)
-        say(f"{kind}: {1e3 * took:.3f} ms beside a kernel of {1e3 * alone:.3f} ms: {1e3 * both:.3f} ms together, "
-            f"drag {drags[kind]:.2f}")
+        say(
+            f"{kind}: {1e3 * took:.3f} ms beside a kernel of {1e3 * alone:.3f} ms: {1e3 * both:.3f} ms together, "
+            f"drag {drags[kind]:.2f}"
+        )
     return curves, drags
 
 
