@@ -55,6 +55,8 @@ class PlanConfig(JobConfig):
     """conf/job/plan.yaml."""
 
     picture: bool = MISSING
+    machine: str = MISSING
+    world_sizes: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -143,6 +145,7 @@ class ClusterConfig:
     """The machines of a plan on paper."""
 
     world_size: int | None = None
+    gpus_per_node: int | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ outline. Where a ring has more ranks and segments than are worth telling apart, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +33,6 @@ class Tiles:
     visits: Floats
     rows: Floats
     masked: Floats
-
-    def times(self, share: float) -> Tiles:
-        return Tiles(self.visits * share, self.rows * share, self.masked * share)
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,13 @@ class _View:
     def slices(self, slices: int) -> list[Load]:
         """Each stage a slice of the key/value heads, or all of them."""
         visits, masked, reaches = self._tiles()
-        parts = []
-        for which in (~reaches, reaches):
-            rows = which & (visits > 0)
-            total = (np.bincount(self.tile_owner, x * which, self.world) for x in (visits, rows, masked))
-            found = Tiles(*total)
-            parts.append(Tiles(found.visits, found.rows * self.heads.sum(), found.masked))
+
+        def of(which: NDArray[np.bool_]) -> Tiles:
+            """A slice of some query tiles, by their ranks."""
+            counts = (visits, (which & (visits > 0)) * float(self.heads.sum()), masked)
+            sums = [np.bincount(self.tile_owner, x * which, self.world) / slices for x in counts]
+            return Tiles(*map(_floats, sums))
+
         received, room = np.zeros(self.world), np.zeros(self.world)
         sent = np.zeros(self.world)
         pages = len(self.page_owner)
@@ -107,7 +106,8 @@ class _View:
                 received / slices,
                 room + gathered,
                 (self.shared * self.kv_heads / slices, len(self.outline.sharing.keys) * self.kv_heads / slices),
-                *(part.times(1 / slices) for part in parts),
+                of(~reaches),
+                of(reaches),
                 resumes=False,
             )
         ] * slices
@@ -115,7 +115,6 @@ class _View:
     def ring(self) -> list[Load]:
         """A stage for each distance between ranks; those but the first are one object where they are alike."""
         visits, masked = np.zeros((2, self.world, self.world)) if self._few else np.zeros((2, self.world, 2))
-        rows = np.zeros_like(visits)
         for main, heads in zip(self.outline.main, self.heads, strict=True):
             owner = self.tile_owner[main.full.row_of()]
             visits += heads * self._by_distance(owner, main.full)
@@ -139,7 +138,7 @@ class _View:
         room = np.full(self.world, -(-keys // self.block) * self.block)
         shared = self.shared * self.kv_heads, keys * self.kv_heads
         sides = (empty, here) if keys else (here, empty)
-        loads = [Load("neighbours", 0, nothing, nothing, room, shared, *sides, resumes=False)]
+        loads = [Load("neighbours", 0, nothing, nothing, room, shared, sides[0], sides[1], resumes=False)]
         rank = np.arange(self.world)
         for distance in range(1, visits.shape[1]):
             received = self.block * pages[:, distance]
@@ -227,6 +226,10 @@ class _View:
             talks.update(np.unique(np.repeat(guests.row_of(), count) * self.world + peer).tolist())
         taker, giver = np.divmod(np.fromiter(talks, np.int64, len(talks)), self.world)
         return bool(max(np.bincount(x).max(initial=0) for x in (taker, giver)) <= 2)
+
+
+def _floats(x: NDArray[Any]) -> Floats:
+    return np.asarray(x, np.float64)
 
 
 def guest_query_tiles(outline: Outline, layout: Layout) -> Tiles:

@@ -75,8 +75,8 @@ class _Held:
         elif every:
             self.exchange(f"{name} shared", (every - shared) * row, shared * (self.world - 1) * row)
         if load.distance != 0:
-            away = (load.received, load.sent) if home else (load.sent, load.received)
-            self.exchange(name, *(x * row for x in away), pairs=load.kind == "neighbours")
+            go, come = (load.received, load.sent) if home else (load.sent, load.received)
+            self.exchange(name, go * row, come * row, pairs=load.kind == "neighbours")
 
     def exchange(self, name: str, sent: Floats | float, received: Floats | float, pairs: bool = False) -> None:
         """What goes, and room for what comes. A collective sends one tensor, made of one for each peer."""

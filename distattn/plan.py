@@ -231,7 +231,7 @@ class Plan(OnDevices):
 
         Args:
             itemsize: bytes of an element of q, k and v.
-            machine: speeds to predict with; default: an H100.
+            machine: speeds to predict with; default: those of an H100.
         """
         from distattn.explain import explain
 

@@ -37,7 +37,7 @@ def predict(plan: Plan, machine: Machine, itemsize: int = 2, *, backward: bool =
     if plan.correction is None:
         return found
     # Dense rows, and what they add to the others: three results are read and one is written, in float32 between.
-    moved = plan.layout.tokens() * float(plan.heads * plan.value_dim) * (4 * itemsize + 4 * max(itemsize, 4))
+    moved = Task.of(plan, itemsize).outputs * (4 * itemsize + 4 * max(itemsize, 4))
     more = Timeline(machine, plan.world_size)
     more.copy(moved * (2 if backward else 1), launches=8)
     return found.plus(predict(plan.correction, machine, itemsize, backward=backward)).plus(more.end(0.0))
@@ -251,8 +251,8 @@ class _Run:
             self.run("chosen", way, Tiles(visits, rows, none), blocks)
             return
         if not backward:  # what is wanted of whom is told, for which the host waits for the device
-            for nbytes in (8.0 * self.world, 16.0 * hierarchy.chunks):
-                self.time.wait(self.time.start("all_to_all", np.full(self.world, nbytes), abroad=self.abroad))
+            for told in (8.0 * self.world, 16.0 * hierarchy.chunks):
+                self.time.wait(self.time.start("all_to_all", np.full(self.world, told), abroad=self.abroad))
             self.time.rest(3 * self.machine.host["exchange"])
         page = self.task.kv_heads * hierarchy.chunk * self.dim
         rounds, own = self.task.rounds, self.task.own_share
@@ -260,7 +260,8 @@ class _Run:
         def bring(number: int) -> tuple[Floats, Floats]:
             if number >= len(rounds):
                 return none, none
-            distance, take, give, _ = rounds[number]
+            some = rounds[number]
+            distance, take, give = some.distance, some.take, some.give
             kind = "all_to_all" if distance is None else "neighbours"
             self.time.copy(8 * give * page * self.size, launches=4)
             most = np.maximum(take, give) * page * self.size
@@ -271,14 +272,15 @@ class _Run:
         if not backward:
             self._attend_summaries(hierarchy, way)
             self.run("chosen", way, Tiles(visits * own, rows, none), blocks)
-        for number, (distance, take, give, share) in enumerate(rounds):
+        for number, some in enumerate(rounds):
+            distance, take, give, part = some
             arrived = pending
             if not backward or len(rounds) > 1:
                 pending = bring(number + 1)
             done, nbytes = arrived
             self.time.wait(done)
             self.time.copy(4 * nbytes, launches=4)
-            self.run("chosen", way, Tiles(visits * share, rows * (share > 0), none), blocks)
+            self.run("chosen", way, Tiles(visits * part, rows * (part > 0), none), blocks)
             if backward:  # float32 gradients of what came: zeros, packed, sent home, added
                 self.time.copy((1 + 4 + 4) * take * page * self.wide, launches=8)
                 most = np.maximum(take, give) * page * self.wide
@@ -392,8 +394,8 @@ def assumptions(machine: Machine, world_size: int) -> list[str]:
     lines += [f"{field}: {source}." for field, source in machine.assumed]
     if world_size > machine.ranks:
         lines.append(
-            f"Exchanges were measured between {machine.ranks} ranks; they take as long between {world_size:,}, byte "
-            f"for byte, and nodes of {machine.gpus_per_node} have {machine.between_nodes / 1e9:g} GB/s a rank between them "
-            f"and {machine.between_latency * 1e6:g} us an exchange."
+            f"Exchanges were measured between {machine.ranks} ranks; they take as long between {world_size:,}, "
+            f"byte for byte, and nodes of {machine.gpus_per_node} have {machine.between_nodes / 1e9:g} GB/s a rank "
+            f"between them and {machine.between_latency * 1e6:g} us an exchange."
         )
     return lines

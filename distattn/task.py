@@ -121,14 +121,14 @@ class Task:
         """Elements of a guest buffer, that of even or of odd stages."""
         sizes = [load.guest_rows for load in {id(x): x for x in self.loads[parity::2]}.values()]
         heads = self.kv_heads / self.slices
-        return np.asarray(np.max(sizes, axis=0) * heads * self.dim) if sizes else np.zeros(self.world)
+        return np.asarray(np.max(np.stack([np.zeros(self.world), *sizes]), axis=0) * (heads * self.dim), np.float64)
 
     @cached_property
     def summaries(self) -> Floats:
         """Elements of the level-1 summaries that each rank pools."""
         assert self.hierarchy is not None
         owner = self.layout.owner_of(self.hierarchy.levels[0].start)
-        return np.bincount(owner, minlength=self.world) * float(self.kv_heads * self.dim)
+        return np.asarray(np.bincount(owner, minlength=self.world) * (self.kv_heads * self.dim), np.float64)
 
     @cached_property
     def visited(self) -> tuple[Floats, Floats]:
@@ -143,7 +143,8 @@ class Task:
     def positions(self) -> Floats:
         """The mean position of each rank's tokens, as a share of the sequence."""
         weight = (self.layout.stop - self.layout.start) * (self.layout.start + self.layout.stop) / 2
-        return np.bincount(self.layout.owner, weight, self.world) / np.maximum(self.tokens, 1) / self.layout.seq_len
+        total = np.bincount(self.layout.owner, weight, self.world) / np.maximum(self.tokens, 1)
+        return np.asarray(total / self.layout.seq_len, np.float64)
 
     @cached_property
     def own_share(self) -> Floats:
