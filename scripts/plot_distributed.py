@@ -18,7 +18,7 @@ from typing import Any
 from measuring import in_a_folder, positive, read_rows
 
 # Okabe and Ito's colours ("Color Universal Design", 2008), which the colour-blind can tell apart.
-OURS = "#0072B2"
+OURS, OURS_OTHERWISE = "#0072B2", "#7FB5DA"
 OTHERS = ("#E69F00", "#F0C987", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 MARKS = "osD^vPX"
 Rows = Sequence[dict[str, str]]
@@ -41,11 +41,14 @@ def draw(rows: Rows, path: Path, gpus: int | None = None) -> None:
     dense = [row for row in beside if "dense" in row["case"]]
     sparse = [row for row in beside if "dense" not in row["case"] and row["way"] == "forward"]
     colours = colours_of(beside)
-    figure, axes = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(17, 10), layout="constrained", width_ratios=(1.5, 1))
     bars(axes[0, 0], dense, "tflops", colours, "TFLOP/s a GPU", "%.0f")
     bars(axes[0, 1], sparse, "ms", colours, "ms forward, log scale (less is better)", "%.3g")
     if sparse:
         axes[0, 1].set_yscale("log")
+        axes[0, 1].yaxis.set_major_formatter("{x:g}")
+        axes[0, 1].yaxis.set_minor_formatter("{x:g}" if spread(sparse) < 10 else "")
+        axes[0, 1].tick_params(axis="y", which="minor", labelsize=7)
     for axis, kind in ((axes[1, 0], "weak"), (axes[1, 1], "strong")):
         lines(axis, [row for row in scaling if row["case"].startswith(kind)], kind)
     handles = {
@@ -61,9 +64,16 @@ def draw(rows: Rows, path: Path, gpus: int | None = None) -> None:
 
 
 def colours_of(rows: Rows) -> dict[str, str]:
-    """Ours is always the same; others in the order in which they come."""
-    others = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != "distattn"]
-    return {"distattn": OURS} | {name: OTHERS[at % len(OTHERS)] for at, name in enumerate(others)}
+    """Ours is always the same, paler with a schedule that was asked for; others in the order in which they come."""
+    names = dict.fromkeys(["distattn", *(row["contender"] for row in rows)])
+    mine = {name: OURS_OTHERWISE for name in names if name.startswith("distattn, ")}
+    others = [name for name in names if name not in mine and name != "distattn"]
+    return {"distattn": OURS} | mine | {name: OTHERS[at % len(OTHERS)] for at, name in enumerate(others)}
+
+
+def spread(rows: Rows) -> float:
+    times = [float(row["ms"]) for row in rows]
+    return max(times) / min(times)
 
 
 def bars(axis: Any, rows: Rows, column: str, colours: dict[str, str], title: str, form: str) -> None:
@@ -76,11 +86,11 @@ def bars(axis: Any, rows: Rows, column: str, colours: dict[str, str], title: str
     for values in groups.values():
         for number, (name, colour) in enumerate((n, c) for n, c in colours.items() if n in values):
             bar = axis.bar(at + number, values[name], 0.92, color=colour, label=name, edgecolor="white")
-            axis.bar_label(bar, fmt=form, fontsize=8)
+            axis.bar_label(bar, fmt=form, fontsize=7)
         ticks.append(at + (len(values) - 1) / 2)
         at += len(values) + 1
     several = len({way for _, way in groups}) > 1
-    labels = [case.replace(", ", "\n").replace(" + ", "\n+ ") + (f"\n{way}" if several else "") for case, way in groups]
+    labels = [(case + (f", {way}" if several else "")).replace("+", "\n+").replace(", ", "\n") for case, way in groups]
     axis.set_xticks(ticks, labels, fontsize=8)
     axis.set_title(title, fontsize=11, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
