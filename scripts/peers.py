@@ -170,7 +170,8 @@ def flex_after_gather(problem: Problem) -> Contender:
     held, began = start_of_peak(problem.device), time.perf_counter()
     mask = create(allowed, None, None, stop - first, problem.length, device=str(problem.device))
     synchronize(problem.device)
-    note = f"mask {time.perf_counter() - began:.1f} s with compilation, {peak_since(held, problem.device):,.0f} MiB"
+    how = " with compilation" if on_gpu else ""
+    note = f"mask {time.perf_counter() - began:.1f} s{how}, {peak_since(held, problem.device):,.0f} MiB"
     group = problem.mesh.get_group()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
