@@ -335,6 +335,18 @@ class Hierarchy(OnDevices):
         return self.layout.owners(self.chunk)
 
     @cached_property
+    def pairs_by_owner(self) -> Ints:
+        """int64 [kv_heads * chunks]: numbers (head * chunks + chunk), by the chunk's owner, head and chunk."""
+        owner = np.tile(self.chunk_owner, self.kv_heads)
+        return np.argsort(owner, kind="stable")
+
+    @cached_property
+    def pairs_of_owner(self) -> Ints:
+        """int64 [world_size + 1]: where each owner's begin in ``pairs_by_owner``."""
+        counts = np.bincount(self.chunk_owner, minlength=self.layout.world_size) * self.kv_heads
+        return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+
+    @cached_property
     def gather_chunks(self) -> Transfer:
         """Brings something of every rank's chunks to all, in the order of the chunks."""
         mine = np.arange(len(self.my_selectable))

@@ -82,13 +82,13 @@ _INPUTS = (
 _TAG = torch.Tag.pt2_compliant_tag
 torch.library.define(
     "distattn::attend",
-    f"({_INPUTS}, bool tokens, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool tokens, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 torch.library.define(
     "distattn::attend_backward",
     "(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor guests, Tensor guest_q, Tensor chosen_guests, "
-    f"Tensor asked, {_INPUTS}, bool tokens, str plan, float scale) -> Tensor[]",
+    f"Tensor asked, Tensor given, {_INPUTS}, bool tokens, str plan, float scale) -> Tensor[]",
     tags=_TAG,
 )
 _DIFFERENTIABLE = 6  # the first of _INPUTS
@@ -119,17 +119,19 @@ def _attend_fake(*arguments: Any) -> tuple[Tensor, ...]:
     guests = q.new_empty(q.shape[0] * kept * p.kv_heads * (p.head_dim + p.value_dim))
     rows = 0 if p.guest_queries is None or not tokens else len(p.guest_queries.positions)
     came: Any = 0
-    asked: Any = 0
+    others, own = 0, 0
     if chosen is not None and p.world_size > 1:
-        context = torch.library.get_ctx()
-        came, asked = context.new_dynamic_size(), context.new_dynamic_size()
+        assert p.hierarchy is not None
+        came = torch.library.get_ctx().new_dynamic_size()
+        others, own = p.world_size - 1, len(p.hierarchy.my_selectable) * p.kv_heads
     return (
         out,
         lse,
         guests,
         q.new_empty((q.shape[0], rows, p.heads, p.head_dim)),
         q.new_empty(came),
-        torch.empty(asked, dtype=torch.int64, device="cpu"),
+        torch.empty(2 * others + 3, dtype=torch.int64, device="cpu"),
+        q.new_empty((others, own), dtype=torch.uint8),
     )
 
 
@@ -143,13 +145,14 @@ def _attend_backward(
     guest_q: Tensor,
     chosen_guests: Tensor,
     asked: Tensor,
+    given: Tensor,
     *arguments: Any,
 ) -> list[Tensor]:
     *inputs, tokens, name, scale = arguments
     plan, (q, k, v) = plans[name], inputs[:3]
     sums = [None if x is None else x.new_zeros(x.shape, dtype=lse.dtype) for x in inputs[3:_DIFFERENTIABLE]]
     sources = _sources(plan, inputs, sums)
-    kept = Kept(guests, guest_q, chosen_guests, asked)
+    kept = Kept(guests, guest_q, chosen_guests, asked, given)
     run = Pass(plan, sent, tokens, sources, inputs[-1])
     grads = run.backward(grad_out, grad_lse, q, k, v, out, lse, kept, scale)
     more = [x.to(of.dtype) for x, of in zip(sums, inputs[3:], strict=False) if x is not None]
@@ -158,7 +161,7 @@ def _attend_backward(
 
 @torch.library.register_fake("distattn::attend_backward")
 def _attend_backward_fake(*arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in arguments[8 : 8 + _DIFFERENTIABLE] if x is not None]
+    return [x.new_empty(x.shape) for x in arguments[9 : 9 + _DIFFERENTIABLE] if x is not None]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -177,7 +180,7 @@ def _differentiate(ctx, grad_out, grad_lse, *_):  # type: ignore[no-untyped-def]
         saved[i].new_zeros(saved[i].shape) if g is None else g for i, g in enumerate((grad_out, grad_lse))
     )
     grads = iter(torch.ops.distattn.attend_backward(grad_out, grad_lse, *saved, *ctx.rest))
-    inputs = saved[6:]
+    inputs = saved[7:]
     given = [None if x is None else next(grads) for x in inputs[:_DIFFERENTIABLE]]
     return *given, *[None] * (len(inputs) - _DIFFERENTIABLE + 3)
 

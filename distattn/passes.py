@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distattn.arena import GuestQueries, Stage
-from distattn.chosen import ChosenChunks
+from distattn.chosen import Asked, ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
 from distattn.kernels.attention import (
     Biases,
@@ -22,6 +22,7 @@ from distattn.kernels.attention import (
     accumulator_dtype,
     attention_backward,
     attention_forward,
+    prepare,
     row_deltas,
 )
 from distattn.kernels.rows import add_rows, merge
@@ -49,13 +50,14 @@ class Kept(NamedTuple):
     """What a forward pass keeps for the backward pass, beside its results.
 
     guests, guest_q: of the pattern; where stages are several, guests are brought again. chosen: guests of chosen
-        chunks, unless they came in several rounds. asked: see ``ChosenChunks``.
+        chunks, unless they came in several rounds. asked, given: see ``Asked``.
     """
 
     guests: Tensor
     guest_q: Tensor
     chosen: Tensor
     asked: Tensor
+    given: Tensor
 
 
 class Begun(NamedTuple):
@@ -130,7 +132,7 @@ class Pass:
     def finish(self, begun: Begun, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
         """What :meth:`forward` returns, from what was begun with the same tensors."""
         out, lse, guests, guest_q, queries_here = begun
-        kept = Kept(guests, guest_q, q.new_empty(0), torch.zeros(0, dtype=torch.int64))
+        kept = Kept(guests, guest_q, q.new_empty(0), *Asked.nothing(q.device))
         if self.sources or self.chosen is not None:
             rows = self._global_rows(q.device)
             before = out[:, rows], lse[:, rows]
@@ -158,38 +160,29 @@ class Pass:
                     bias=_bias_of(source.bias, b),
                 )
 
-        chunks = None if self.chosen is None else ChosenChunks(self.plan, self.exchange, self.chosen, None)
-        slots = [] if chunks is None else self._chosen_slots(chunks, own)
-        pending = [] if chunks is None else self._bring_chosen(chunks, 1, own, slots)
+        if self.chosen is None:
+            for source in self.sources:
+                run(source)
+            return {}
+        for source in self.sources:  # the tables' items are made before ranks wait for one another
+            for table in source.tables:
+                prepare(q, table)
+        chunks = ChosenChunks(self.plan, self.exchange, self.chosen, None)
+        slots = _chosen_slots(chunks, own)
+        pending = _bring_chosen(chunks, 1, own, slots)
         for source in self.sources:
             run(source)
-        if chunks is None:
-            return {}
         run(Source(own, _nothing(own), chunks.tables(0)))
         for number in range(1, len(chunks.rounds) + 1):
             arrived = pending
             # The other slot is free, since its round is done.
-            pending = self._bring_chosen(chunks, number + 1, own, slots)
+            pending = _bring_chosen(chunks, number + 1, own, slots)
+            tables = chunks.tables(number)
             for part in arrived:
                 part.wait()
-            guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
-            run(Source(own, guests, chunks.tables(number)))
-        return {"asked": chunks.asked} | ({"chosen": slots[1].flat} if len(chunks.rounds) == 1 else {})
-
-    def _chosen_slots(self, chunks: ChosenChunks, own: Pages) -> list[_Slot]:
-        """Two guest buffers, of which a single round needs but the second."""
-        width = own.k.shape[0] * own.k.shape[2] * (own.k.shape[3] + own.v.shape[3])
-        rows = [chunks.guest_rows(number) for number in range(1, len(chunks.rounds) + 1)]
-        sizes = max(rows[1::2], default=0), max(rows[::2], default=0)
-        return [_Slot(own.k.new_empty(size * width), *own) for size in sizes]
-
-    @staticmethod
-    def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[_Slot]) -> list[Pending]:
-        """A round that is on its way, if there is one of this number."""
-        if number > len(chunks.rounds):
-            return []
-        guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
-        return [chunks.bring(number, own, guests)]
+            run(Source(own, chunks.guests(number, _parts(chunks, number, own, slots), own), tables))
+        kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}
+        return kept | ({"chosen": slots[1]} if len(chunks.rounds) == 1 else {})
 
     def _global_rows(self, device: torch.device) -> Tensor:
         assert self.plan.hierarchy is not None
@@ -291,19 +284,23 @@ class Pass:
 
         homeward: list[Pending] = []
         if self.chosen is not None:
-            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, kept.asked)
+            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, Asked(kept.asked, kept.given))
             again = len(chunks.rounds) > 1  # what came in one round was kept
-            slots = self._chosen_slots(chunks, own) if again else [_Slot(kept.chosen, *own)] * 2
-            pending = self._bring_chosen(chunks, 1, own, slots) if again else []
+            slots = _chosen_slots(chunks, own) if again else [kept.chosen] * 2
+            pending = _bring_chosen(chunks, 1, own, slots) if again else []
             for number in range(1, len(chunks.rounds) + 1):
                 arrived = pending
-                pending = self._bring_chosen(chunks, number + 1, own, slots)
+                pending = _bring_chosen(chunks, number + 1, own, slots) if again else []
+                tables = chunks.tables(number)
                 for part in arrived:
                     part.wait()
-                guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
-                d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
-                run(Source(own, guests, chunks.tables(number), None, d_own, d_guests))
-                homeward.append(chunks.take_home(number, d_guests, d_own))
+                buffers = _parts(chunks, number, own, slots)
+                d_buffers = tuple(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in buffers)
+                guests, d_guests = (chunks.guests(number, x, own) for x in (buffers, d_buffers))
+                run(Source(own, guests, tables, None, d_own, d_guests))
+                for part in homeward:  # those of the round before have come meanwhile
+                    part.wait()
+                homeward = chunks.take_home(number, d_buffers, d_own)
             run(Source(own, _nothing(own), chunks.tables(0), None, d_own, _nothing(d_own)))
         for source in self.sources:
             run(source)
@@ -323,20 +320,21 @@ class Pass:
 
     def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
         mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
-        pending = [self.exchange.bring(transfer, mine, guests) for transfer in stage.transfers]
-
-        def wait() -> None:
-            for part in pending:
-                part.wait()
-
-        return Pending(wait)
+        return Pending.all(
+            # One by one: what lies in one piece is sent and received in place.
+            self.exchange.bring(transfer, [x], [to])
+            for transfer in stage.transfers
+            for x, to in zip(mine, guests, strict=True)
+        )
 
     def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
-        def receive(message: Message, rows: list[Tensor]) -> None:
-            for mine, returned in zip(d_own, rows, strict=True):
-                add_rows(mine, message.places, returned)
+        def one(guests: Tensor, total: Tensor) -> Pending:
+            def receive(message: Message, rows: list[Tensor]) -> None:
+                add_rows(total, message.places, rows[0])
 
-        return self.exchange.take_home(transfer, d_guests, receive)
+            return self.exchange.take_home(transfer, [guests], receive)
+
+        return Pending.all(one(x, total) for x, total in zip(d_guests, d_own, strict=True))
 
     def _attend_guest_queries(
         self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
@@ -416,6 +414,26 @@ class _Slot:
         k_size, v_size = (math.prod(shape) for shape in shapes)
         parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
         return Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def _chosen_slots(chunks: ChosenChunks, own: Pages) -> list[Tensor]:
+    """Two guest buffers, of which a single round needs but the second."""
+    numel = [sum(chunks.guest_numel(number, own)) for number in range(1, len(chunks.rounds) + 1)]
+    return [own.k.new_empty(max(sizes, default=0)) for sizes in (numel[1::2], numel[::2])]
+
+
+def _parts(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a round has of its slot, for K and for V."""
+    k_size, v_size = chunks.guest_numel(number, own)
+    slot = slots[number % 2]
+    return slot[:k_size], slot[k_size : k_size + v_size]
+
+
+def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -> list[Pending]:
+    """A round that is on its way, if there is one of this number."""
+    if number > len(chunks.rounds):
+        return []
+    return chunks.bring(number, own, _parts(chunks, number, own, slots))
 
 
 def _nothing(pages: Pages) -> Pages:

@@ -163,6 +163,15 @@ def attention_backward(
             mine.add_(summed)
 
 
+def prepare(q: Tensor, table: AnyTable) -> None:
+    """Makes ahead what kernels need to know of a table that was selected on a GPU, which takes many small launches."""
+    if q.is_cuda and q.dtype != torch.float64:
+        from distattn.kernels.attention_triton import programs_at_once
+        from distattn.kernels.work import query_work
+
+        query_work(table, q.device, programs_at_once(q.device))
+
+
 def _on_host(table: AnyTable) -> TileTable:
     return table.on_host if isinstance(table, SelectedTable) else table
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,6 +65,21 @@ def pack_rows(tensors: Sequence[Tensor], places: Places) -> Tensor:
     return torch.cat([_heads(_taken(x, places), places.heads).reshape(-1) for x in tensors])
 
 
+def rows_in_place(x: Tensor, places: Sequence[Places]) -> Tensor | None:
+    """A flat view of rows of x, those of several places one after the other, in the form of :func:`pack_rows`.
+
+    None where they do not lie in memory like that: batches of several, some heads only, rows that do not follow one
+    another.
+    """
+    runs = [run for part in places for run in part.runs.tolist()]
+    if not runs:
+        return x.new_empty(0)
+    whole = x.shape[0] == 1 and x[0].is_contiguous() and all(len(part.heads) == x.shape[2] for part in places)
+    if not whole or any(stop != first for (_, stop), (first, _) in pairwise(runs)):
+        return None
+    return x[0, runs[0][0] : runs[-1][1]].flatten()
+
+
 def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None:
     """Writes what :func:`pack_rows` made of tensors of these shapes to their rows and heads."""
     if flat.is_cuda:
@@ -90,6 +106,36 @@ def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
         rows_triton.add_rows(x, places, values)
         return
     _each_run(x, places, values, lambda old, new: old.add_(new))
+
+
+def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
+    """[n, batch, chunk, dim]: chunks of rows of x, one head each; zeros beyond its last row.
+
+    x: [batch, rows, heads, dim], any strides. page, head: int64 [n]: rows page * chunk .. of that head.
+    """
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.take_chunks(x, page, head, chunk)
+    padding = -x.shape[1] % chunk
+    whole = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk))
+    return whole[:, page, :, head].contiguous()
+
+
+def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
+    """Adds to x what :func:`take_chunks` takes, values [n, batch, chunk, dim]; no chunk of a head may be twice."""
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.add_chunks(x, page, head, values)
+        return
+    chunk = values.shape[2]
+    whole = x.shape[1] // chunk
+    by_chunk = x[:, : whole * chunk].unflatten(1, (whole, chunk))
+    short = page == whole
+    by_chunk[:, page[~short], :, head[~short]] += values[~short]
+    for part, last in zip(values[short], head[short].tolist(), strict=True):
+        x[:, whole * chunk :, last] += part[:, : x.shape[1] - whole * chunk]
 
 
 def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:

@@ -79,6 +79,51 @@ def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _move_chunks(
+    x, flat, pages, heads, rows, x_b, x_n, x_h, x_d,
+    WAY: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (number, rows, batch): ROWS rows of one chunk between x, which has ``rows`` rows, and flat.
+
+    flat: [n, batch, CHUNK, DIM].
+    """
+    number = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(2)
+    at = tl.load(pages + number).to(tl.int64) * CHUNK + row
+    d = tl.arange(0, DIM_2).to(tl.int64)
+    inside = (row < CHUNK)[:, None] & (d < DIM)
+    there = inside & (at < rows)[:, None]
+    x_at = x + batch.to(tl.int64) * x_b + tl.load(heads + number) * x_h + at[:, None] * x_n + d * x_d
+    flat_at = flat + ((number * tl.num_programs(2) + batch) * CHUNK + row)[:, None] * DIM + d
+    if WAY == _PACK:
+        tl.store(flat_at, tl.load(x_at, mask=there, other=0.0), mask=inside)
+    else:
+        tl.store(x_at, tl.load(x_at, mask=there) + tl.load(flat_at, mask=there), mask=there)
+
+
+def _chunks(x: Tensor, flat: Tensor, page: Tensor, head: Tensor, way: tl.constexpr) -> None:
+    batch, chunk, dim = flat.shape[1:]
+    if not flat.numel():
+        return
+    dim_2 = triton.next_power_of_2(dim)
+    rows = min(max(1, 8192 // dim_2), triton.next_power_of_2(chunk))
+    _move_chunks[(len(page), triton.cdiv(chunk, rows), batch)](
+        x, flat, page, head, x.shape[1], *x.stride(), WAY=way.value, CHUNK=chunk, DIM=dim, DIM_2=dim_2, ROWS=rows
+    )
+
+
+def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
+    taken = x.new_empty((len(page), x.shape[0], chunk, x.shape[3]))
+    _chunks(x, taken, page, head, _PACK)
+    return taken
+
+
+def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
+    _chunks(x, values, page, head, _ADD)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _merge(
     out, lse, other_out, other_lse, merged, merged_lse, rows, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr
 ):

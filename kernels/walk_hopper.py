@@ -194,9 +194,9 @@ def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedL
 def fetchable(x: Tensor) -> bool:
     """Whether one head of some rows of x [batch, tokens, heads, dim] can be fetched, or written, at a time, in place.
 
-    Heads lie beside each other in a token's row, and addresses are multiples of 16 bytes.
+    Heads lie beside each other in a token's row (or are all the same), and addresses are multiples of 16 bytes.
     """
     batch, row, head, one = x.stride()
     aligned = all(n * x.element_size() % 16 == 0 for n in (batch, row, head, x.data_ptr() // x.element_size()))
     heads, dim = x.shape[2:]
-    return one == 1 and aligned and (heads == 1 or dim <= head) and (heads - 1) * head + dim <= row
+    return one == 1 and aligned and (heads == 1 or head == 0 or dim <= head) and (heads - 1) * head + dim <= row

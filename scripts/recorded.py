@@ -29,15 +29,16 @@ class Recorded:
         self._kept.clear()
         send, gather = Exchange.send, Exchange._all_gather
 
-        def keep_sent(exchange: Exchange, *args: Any, pairs: bool) -> Pending:
-            *rest, deliver = args
+        def keep_sent(exchange: Exchange, *args: Any) -> Pending:
+            *rest, into = args[:5]
             kept = self._new()
 
             def keep(got: dict[int, Tensor]) -> None:
-                kept.update(got)  # deliver changes the dictionary
-                deliver(got)
+                kept.update({peer: x.clone() for peer, x in got.items()})  # a slot is used again
+                for deliver in args[5:]:
+                    deliver(got)
 
-            return send(exchange, *rest, keep, pairs=pairs)
+            return send(exchange, *rest, into, keep)
 
         def keep_gathered(
             exchange: Exchange, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
@@ -62,9 +63,16 @@ class Recorded:
         left = iter(self._kept)
         gather = Exchange._all_gather
 
-        def send(exchange: Exchange, *args: Any, pairs: bool) -> Pending:
-            kept = next(left)
-            return Pending(lambda: args[-1](dict(kept)))
+        def send(exchange: Exchange, *args: Any) -> Pending:
+            kept, sizes, into = next(left), args[3], args[4]
+
+            def finish() -> None:
+                for peer, x in zip(sizes, into.split([*sizes.values()]) if sizes else (), strict=True):
+                    x.copy_(kept[peer])
+                for deliver in args[5:]:
+                    deliver(dict(kept))
+
+            return Pending(finish)
 
         def gathered(
             exchange: Exchange, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
