@@ -104,10 +104,13 @@ class Timeline:
         self._copies += seconds
         self._host += np.where(moved > 0, launches * self.machine.host["launch"], 0.0)
 
-    def start(self, kind: str, nbytes: Floats, distance: int | None = None, abroad: float = 1.0) -> Floats:
-        """Starts an exchange when all who take part are there; when it is done on each rank.
+    def start(
+        self, kind: str, nbytes: Floats, distance: int | None = None, abroad: float = 1.0, messages: int = 1
+    ) -> Floats:
+        """Starts exchanges when all who take part are there; when they are done on each rank.
 
-        nbytes: that a rank sends, or receives if that is more. distance: between the ranks of a pair.
+        nbytes: that a rank sends, or receives if that is more, in so many messages one after the other.
+        distance: between the ranks of a pair.
         abroad: share of the bytes that goes between nodes, where there are several.
         """
         begin = np.maximum(self.now, self.line)
@@ -117,13 +120,13 @@ class Timeline:
             begin = np.where(nbytes > 0, np.maximum(begin, peers), begin)
         else:
             begin = np.full_like(begin, begin.max())
-        seconds = self.machine.travels(kind, nbytes, self.world_size, abroad)
+        seconds = messages * self.machine.travels(kind, nbytes / messages, self.world_size, abroad)
         if kind != "neighbours":
             seconds = np.full_like(seconds, seconds.max())
         self.line = begin + seconds
         self._drag = self.machine.drag[kind]
         self._exchange += seconds
-        self._host += self.machine.host["exchange"]
+        self._host += messages * self.machine.host["exchange"]
         return self.line
 
     def wait(self, done: Floats) -> None:

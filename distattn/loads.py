@@ -6,7 +6,7 @@ outline. Where a ring has more ranks and segments than are worth telling apart, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.layout import Layout
 from distattn.outline import Outline, guest_pages, owned_pages
-from distattn.spans import Ints, Spans
+from distattn.spans import Bools, Ints, Spans
 
 Floats = NDArray[np.float64]
 # Numbers in a table of ranks by segments, above which a ring's stages are taken to be alike.
@@ -36,11 +36,27 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """How pages travel; each bool [ranks].
+
+    packs: what a rank sends does not lie in one piece for each who gets it, so that it is packed. joins: it sends to
+    several, whose pieces a collective wants in one tensor. joins_home: it takes from several. unpacks: what comes does
+    not belong in one piece.
+    """
+
+    packs: Bools
+    joins: Bools
+    joins_home: Bools
+    unpacks: Bools
+
+
+@dataclass(frozen=True)
 class Load:
     """One stage of all ranks.
 
     kind: of the transfer of pages, see ``messages.Transfer``. distance: from whom it comes in a ring, else None.
     sent, received: rows of one key/value head; float64 [ranks]. guest_rows: room for them, by key/value head.
+    routes: from whom to whom, and where rows lie.
     shared: rows of gathered keys that a rank has, and all of them: these come beside. alone, guests: query tiles that
         visit no guest page, and the others. resumes: whether it goes on from what earlier stages made.
     """
@@ -50,6 +66,7 @@ class Load:
     sent: Floats
     received: Floats
     guest_rows: Floats
+    routes: Routes
     shared: tuple[Floats, float]
     alone: Tiles
     guests: Tiles
@@ -97,7 +114,8 @@ class _View:
             begin = np.bincount(guests.start, minlength=pages + 1) - np.bincount(guests.stop, minlength=pages + 1)
             sent += len(heads) * self.block * np.bincount(self.page_owner, np.cumsum(begin)[:-1], self.world)
         gathered = -(-len(self.outline.sharing.keys) // self.block) * self.block
-        kind = "neighbours" if self._few_peers() else "all_to_all"
+        routes, few = self._routes()
+        kind = "neighbours" if few else "all_to_all"
         return [
             Load(
                 kind,
@@ -105,6 +123,7 @@ class _View:
                 sent / slices,
                 received / slices,
                 room + gathered,
+                routes if slices == 1 else replace(routes, packs=np.ones(self.world, np.bool_)),
                 (self.shared * self.kv_heads / slices, len(self.outline.sharing.keys) * self.kv_heads / slices),
                 of(~reaches),
                 of(reaches),
@@ -133,19 +152,24 @@ class _View:
         rows = np.minimum(tiles[:, None], visits)
         gathered, keys = self._gathered(), float(len(self.outline.sharing.keys))
         nothing = np.zeros(self.world)
+        none = np.zeros(self.world, np.bool_)
+        routes = replace(self._routes()[0], joins=none, joins_home=none)
         empty = Tiles(nothing, nothing, nothing)
         here = Tiles(visits[:, 0] + gathered.visits, rows[:, 0], masked[:, 0] + gathered.masked)
         room = np.full(self.world, -(-keys // self.block) * self.block)
         shared = self.shared * self.kv_heads, keys * self.kv_heads
         sides = (empty, here) if keys else (here, empty)
-        loads = [Load("neighbours", 0, nothing, nothing, room, shared, sides[0], sides[1], resumes=False)]
+        loads = [Load("neighbours", 0, nothing, nothing, room, routes, shared, sides[0], sides[1], resumes=False)]
         rank = np.arange(self.world)
         for distance in range(1, visits.shape[1]):
             received = self.block * pages[:, distance]
             sent = received[(rank + distance) % self.world]
             there = Tiles(visits[:, distance], rows[:, distance], masked[:, distance])
             step = received / self.kv_heads
-            loads.append(Load("neighbours", distance, sent, received, step, (nothing, 0.0), empty, there, resumes=True))
+            from_one = nothing, 0.0
+            loads.append(
+                Load("neighbours", distance, sent, received, step, routes, from_one, empty, there, resumes=True)
+            )
         return loads if self._few else [loads[0], *[loads[1]] * (self.world - 1)]
 
     def _tiles(self) -> tuple[Floats, Floats, NDArray[np.bool_]]:
@@ -214,18 +238,47 @@ class _View:
         each = np.arange(self.world)
         return np.asarray(found[each[:, None], (each[:, None] - each) % self.world])
 
-    def _few_peers(self) -> bool:
-        """Whether nobody has guests of more than two others, nor gives to more."""
-        talks: set[int] = set()
+    def _routes(self) -> tuple[Routes, bool]:
+        """How pages travel between ranks, and whether nobody has guests of more than two others, nor gives to more."""
+        several_groups = np.full(self.world, len(self.groups) > 1)
+        pieces = self._pieces()
+        if pieces is None:
+            yes = np.ones(self.world, np.bool_)
+            return Routes(yes, yes, yes, several_groups), False
+        # Pieces of one journey that follow one another in the giver's rows are one.
+        order = np.lexsort((pieces[2], pieces[1], pieces[0]))
+        taker, giver, first, stop = (x[order] for x in pieces)
+        journey = taker * self.world + giver
+        new = np.ones(len(journey), np.bool_)
+        new[1:] = journey[1:] != journey[:-1]
+        broken = ~new
+        broken[1:] &= first[1:] != stop[:-1]
+        packs = np.bincount(giver, broken, self.world) > 0
+        gives, takes = (np.bincount(x[new], minlength=self.world) for x in (giver, taker))
+        few = max(gives.max(), takes.max()) <= 2
+        return Routes(packs | several_groups, gives > 1, takes > 1, several_groups), bool(few)
+
+    def _pieces(self) -> tuple[Ints, Ints, Ints, Ints] | None:
+        """Guests as pieces of segments: who takes, who gives, and where a piece begins and ends in the giver's pages.
+        None where there are too many to look at."""
+        start, stop = self.layout.start // self.block, -(-self.layout.stop // self.block)
+        before = np.zeros(len(start), np.int64)  # pages of the owner before each of its segments
+        order = np.argsort(self.layout.owner, kind="stable")
+        size, owner = (stop - start)[order], self.layout.owner[order]
+        inside = np.cumsum(size) - size
+        before[order] = inside - inside[np.searchsorted(owner, owner)]
+        parts = []
         for _, guests in self.groups:
-            first = np.searchsorted(self.layout.stop, guests.start * self.block, side="right")
-            count = np.searchsorted(self.layout.start, guests.stop * self.block, side="left") - first
+            low = np.searchsorted(stop, guests.start, side="right")
+            count = np.searchsorted(start, guests.stop, side="left") - low
             if count.sum() > _MOST:
-                return False
-            peer = self.layout.owner[sp.concat_ranges(first, count)]
-            talks.update(np.unique(np.repeat(guests.row_of(), count) * self.world + peer).tolist())
-        taker, giver = np.divmod(np.fromiter(talks, np.int64, len(talks)), self.world)
-        return bool(max(np.bincount(x).max(initial=0) for x in (taker, giver)) <= 2)
+                return None
+            which, segment = np.repeat(np.arange(len(count)), count), sp.concat_ranges(low, count)
+            first = np.maximum(guests.start[which], start[segment]) - start[segment] + before[segment]
+            last = np.minimum(guests.stop[which], stop[segment]) - start[segment] + before[segment]
+            parts.append((guests.row_of()[which], self.layout.owner[segment], first, last))
+        taker, giver, first, last = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return taker, giver, first, last
 
 
 def _floats(x: NDArray[Any]) -> Floats:

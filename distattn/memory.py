@@ -11,6 +11,7 @@ import numpy as np
 
 from distattn.hierarchy import Hierarchy
 from distattn.loads import Floats, Load
+from distattn.spans import Bools
 from distattn.task import Task
 
 # Elements of scores that are in memory while chunks are chosen; see kernels/chunks_triton.py.
@@ -73,15 +74,22 @@ class _Held:
         if every and not home:
             self.gather(f"{name} shared", shared * row, every * row)
         elif every:
-            self.exchange(f"{name} shared", (every - shared) * row, shared * (self.world - 1) * row)
+            self.exchange(f"{name} shared", 0.0, (every - shared) * row, shared * (self.world - 1) * row, True)
         if load.distance != 0:
-            go, come = (load.received, load.sent) if home else (load.sent, load.received)
-            self.exchange(name, go * row, come * row, pairs=load.kind == "neighbours")
+            routes = load.routes
+            if home:  # sent as it lies, and added when all has come
+                self.exchange(name, 0.0, load.received * row, load.sent * row, routes.joins_home)
+            else:
+                packed, come = routes.packs * load.sent * row, routes.unpacks * load.received * row
+                self.exchange(name, packed, load.sent * row, come, routes.joins)
 
-    def exchange(self, name: str, sent: Floats | float, received: Floats | float, pairs: bool = False) -> None:
-        """What goes, and room for what comes. A collective sends one tensor, made of one for each peer."""
-        self.ledger.hold(**{name: sent + received + (0.0 if pairs or not self.on_gpu else sent)})
-        self.ledger.hold(**{name: sent + received})
+    def exchange(
+        self, name: str, packed: Floats | float, sent: Floats | float, received: Floats | float, joins: Bools | bool
+    ) -> None:
+        """What was packed, and room for what comes. joins: a collective sends one tensor, made of one for each peer."""
+        joined = sent * (np.asarray(joins) & self.on_gpu)
+        self.ledger.hold(**{name: packed + received + joined})
+        self.ledger.hold(**{name: np.where(joined > 0, joined, packed) + received})
 
     def gather(self, name: str, mine: Floats | float, every: Floats | float) -> None:
         """The same of rows that go to all; they are padded to as many as the largest rank has."""
@@ -131,10 +139,9 @@ class _Held:
             if number + 1 < len(self.loads):
                 self.travel(f"stage {number + 1}", self.loads[number + 1], self.dim * self.size)
             self.arrived(f"stage {number}")
+        ledger.drop("slot 0", "slot 1")
         if not self.several:
             ledger.hold(kept=self.task.room(0) * self.size)
-            ledger.drop("slot 0")
-        ledger.drop("slot 0", "slot 1")
 
     def _finish(self, more: bool) -> None:
         """Guest queries, and the result in its dtype."""
@@ -145,7 +152,7 @@ class _Held:
             mine = part / self.world
             ledger.hold(part=part, total=mine)
             if self.world > 1:
-                self.exchange("home", part - mine, part - mine)
+                self.exchange("home", part - mine, part - mine, part - mine, self.world > 2)
             # The rank's own rows, packed and put together, and what merging makes of them.
             ledger.hold(mine=3 * mine)
             ledger.drop("part", "total", "home", "mine")
@@ -232,24 +239,18 @@ class _Held:
             ledger.hold(slots=sum(room) * page * self.size)
         for number, (_, take, give, _) in enumerate(rounds):
             if not backward or again:
-                # Taken from K and from V, then put together.
-                ledger.hold(**{f"round {number}": 2 * give * page * self.size})
-                self.exchange(f"round {number}", give * page * self.size, take * page * self.size)
+                taken = give * page * self.size
+                self.exchange(f"round {number}", taken, taken, 0.0, len(rounds) == 1 and self.world > 2)
                 if number:
                     ledger.drop(f"round {number - 1}")
             if backward:
                 ledger.hold(**{f"d_guests {number}": take * row})
-                ledger.hold(**{f"home {number}": 2 * take * row})
-                self.exchange(f"home {number}", take * row, give * row)
-            else:
-                ledger.hold(arriving=take * page * self.size)
-                ledger.drop("arriving")
+                ledger.drop(f"d_guests {number - 2}", f"home {number - 1}")
+                self.exchange(f"home {number}", 0.0, take * row, give * row, len(rounds) == 1 and self.world > 2)
         ledger.drop("named", *(f"round {number}" for number in range(len(rounds))))
         if not backward and not again:
             ledger.hold(**{"kept chosen": rounds[0].take * page * self.size})
-        if backward:  # what came home is added by indices, to K and to V
-            ledger.hold(adding=0.5 * max((some.give for some in rounds), key=np.max) * row)
-        ledger.drop("slots", "adding", *(f"{what} {n}" for n in range(len(rounds)) for what in ("d_guests", "home")))
+        ledger.drop("slots", *(f"{what} {n}" for n in range(len(rounds)) for what in ("d_guests", "home")))
 
     # Backward.
 
@@ -298,7 +299,8 @@ class _Held:
         self.ledger.hold(**{"d_guests": home})
         self.ledger.drop("gradients", "rows")
         if self.world > 1:
-            self.exchange("home", home * (1 - 1 / self.world), home * (1 - 1 / self.world))
+            away = home * (1 - 1 / self.world)
+            self.exchange("home", away, away, away, self.world > 2)
         else:
             self.ledger.hold(home=2 * home)
 

@@ -16,6 +16,8 @@ from distattn.task import Task
 if TYPE_CHECKING:
     from distattn.plan import Plan
 
+# K and V travel one after the other.
+_TENSORS = 2
 # Stages of a ring that are gone through where all are alike.
 _ALIKE = 6
 
@@ -75,14 +77,19 @@ class _Run:
         done = np.zeros(self.world)
         if all_shared:
             self.time.copy(4 * shared * row_bytes, pack=True, launches=3)
-            done = self.time.start("all_gather", (all_shared - shared) * row_bytes, abroad=self.abroad)
+            others = (all_shared - shared) * row_bytes
+            done = self.time.start("all_gather", others, abroad=self.abroad, messages=_TENSORS)
         if load.distance != 0:
-            # A collective sends one tensor, which is put together of one for each peer.
-            self.time.copy((2 if load.kind == "neighbours" else 4) * load.sent * row_bytes, pack=True, launches=2)
-            most = np.maximum(load.sent, load.received) * row_bytes
-            abroad = self.abroad if load.kind == "all_to_all" else 1.0
-            done = np.maximum(done, self.time.start(load.kind, most, load.distance, abroad))
-        return done, (load.received + all_shared) * row_bytes
+            routes, out = load.routes, load.sent * row_bytes
+            self.time.copy(2 * routes.packs * out, pack=True, launches=_TENSORS)
+            self.time.copy(2 * routes.joins * out, launches=_TENSORS)
+            done = np.maximum(done, self._travel_pages(load, row_bytes))
+        return done, (load.routes.unpacks * load.received + all_shared) * row_bytes
+
+    def _travel_pages(self, load: Load, row_bytes: float) -> Floats:
+        most = np.maximum(load.sent, load.received) * row_bytes
+        abroad = self.abroad if load.kind == "all_to_all" else 1.0
+        return self.time.start(load.kind, most, load.distance, abroad, _TENSORS)
 
     def arrive(self, started: tuple[Floats, Floats]) -> None:
         done, nbytes = started
@@ -251,45 +258,50 @@ class _Run:
             self.run("chosen", way, Tiles(visits, rows, none), blocks)
             return
         if not backward:  # what is wanted of whom is told, for which the host waits for the device
-            for told in (8.0 * self.world, 16.0 * hierarchy.chunks):
-                self.time.wait(self.time.start("all_to_all", np.full(self.world, told), abroad=self.abroad))
-            self.time.rest(3 * self.machine.host["exchange"])
+            told = np.full(self.world, float(self.task.kv_heads * hierarchy.chunks))
+            self.time.wait(self.time.start("all_to_all", told, abroad=self.abroad))
+            self.time.rest(self.machine.host["exchange"] + 20 * self.machine.host["launch"])
         page = self.task.kv_heads * hierarchy.chunk * self.dim
         rounds, own = self.task.rounds, self.task.own_share
 
-        def bring(number: int) -> tuple[Floats, Floats]:
+        def bring(number: int) -> Floats:
             if number >= len(rounds):
-                return none, none
+                return none
             some = rounds[number]
             distance, take, give = some.distance, some.take, some.give
             kind = "all_to_all" if distance is None else "neighbours"
-            self.time.copy(8 * give * page * self.size, launches=4)
+            joined = 2 * (distance is None and self.world > 2)
+            self.time.copy((2 + joined) * give * page * self.size, launches=4)
             most = np.maximum(take, give) * page * self.size
             abroad = self.abroad if distance is None else 1.0
-            return self.time.start(kind, most, distance, abroad), take * page * self.size
+            return self.time.start(kind, most, distance, abroad, _TENSORS)
 
-        pending = bring(0) if not backward or len(rounds) > 1 else (none, none)
+        pending = bring(0) if not backward or len(rounds) > 1 else none
         if not backward:
             self._attend_summaries(hierarchy, way)
             self.run("chosen", way, Tiles(visits * own, rows, none), blocks)
+        homeward, back = none, none
         for number, some in enumerate(rounds):
             distance, take, give, part = some
             arrived = pending
             if not backward or len(rounds) > 1:
                 pending = bring(number + 1)
-            done, nbytes = arrived
-            self.time.wait(done)
-            self.time.copy(4 * nbytes, launches=4)
+            self.time.wait(arrived)
             self.run("chosen", way, Tiles(visits * part, rows * (part > 0), none), blocks)
             if backward:  # float32 gradients of what came: zeros, packed, sent home, added
-                self.time.copy((1 + 4 + 4) * take * page * self.wide, launches=8)
-                most = np.maximum(take, give) * page * self.wide
+                joined = 2 * (distance is None and self.world > 2)
+                self.time.wait(homeward)
+                self.time.copy(3 * back, launches=4)
+                self.time.copy((1 + joined) * take * page * self.wide, launches=4)
+                most, back = np.maximum(take, give) * page * self.wide, give * page * self.wide
                 kind = "all_to_all" if distance is None else "neighbours"
-                self.time.start(kind, most, distance, self.abroad if distance is None else 1.0)
+                abroad = self.abroad if distance is None else 1.0
+                homeward = self.time.start(kind, most, distance, abroad, _TENSORS)
         if backward:
             self.run("chosen", way, Tiles(visits * own, rows, none), blocks)
             self._attend_summaries(hierarchy, way)
-            self.time.wait(self.time.line)
+            self.time.wait(homeward)
+            self.time.copy(3 * back, launches=4)
 
     # Backward.
 
@@ -361,12 +373,11 @@ class _Run:
         done, back = np.zeros(self.world), load.sent + shared * (self.world - 1)
         if every:
             self.time.copy(4 * every * row, pack=True, launches=2)
-            done = self.time.start("all_to_all", np.maximum(every - shared, shared * (self.world - 1)) * row)
+            most = np.maximum(every - shared, shared * (self.world - 1)) * row
+            done = self.time.start("all_to_all", most, abroad=self.abroad, messages=_TENSORS)
         if load.distance != 0:
-            self.time.copy((2 if load.kind == "neighbours" else 4) * load.received * row, pack=True, launches=2)
-            most = np.maximum(load.sent, load.received) * row
-            abroad = self.abroad if load.kind == "all_to_all" else 1.0
-            done = np.maximum(done, self.time.start(load.kind, most, load.distance, abroad))
+            self.time.copy(2 * load.routes.joins_home * load.received * row, launches=_TENSORS)
+            done = np.maximum(done, self._travel_pages(load, row))
         return done, back * row
 
     def _added(self, homeward: list[tuple[Floats, Floats]]) -> None:

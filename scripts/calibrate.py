@@ -391,6 +391,10 @@ def start(kind: str, nbytes: int, s: Setting) -> tuple[Callable[[], list[Any]], 
         there = torch.empty_like(mine)
         after, before = (rank + 1) % world, (rank - 1) % world
 
+        if s.device.type == "cuda":  # a collective, in which all ranks take part
+            sizes = [[len(mine) * (peer == to) for peer in range(world)] for to in (before, after)]
+            return lambda: [dist.all_to_all_single(there, mine, *sizes, async_op=True)], float(mine.nbytes)
+
         def pairs() -> list[Any]:
             return dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, after), dist.P2POp(dist.irecv, there, before)])
 

@@ -10,7 +10,7 @@ import torch
 from rank_pool import RankPool
 from torch.profiler import ProfilerActivity, profile
 
-from distattn import exchange, passes, presets, selection, summaries
+from distattn import chosen, exchange, passes, presets, selection, summaries
 from distattn.attend import attend
 from distattn.extras import AttentionExtras
 from distattn.kernels import chunks
@@ -63,6 +63,10 @@ def pages(chosen: torch.Tensor, position: object, exists: object, ladder: Ladder
     return found, found.new_zeros((*found.shape, 1, ladder.words))
 
 
+def added(x: torch.Tensor, page: torch.Tensor, head: torch.Tensor, values: torch.Tensor) -> None:
+    """As a kernel's: nothing beside."""
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """What PyTorch operations need in place of kernels says nothing of a GPU."""
@@ -74,6 +78,7 @@ def without_kernels() -> Iterator[None]:
         (summaries, "chunk_means"): means,
         (selection, "chunk_means"): means,
         (selection, "summary_pages"): pages,
+        (chosen, "add_chunks"): added,
         (chunks, "_SCRATCH"): 1 << 14,
     }
     with pytest.MonkeyPatch.context() as patch:
