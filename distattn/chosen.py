@@ -88,8 +88,8 @@ class ChosenChunks:
         chunks, batch = sum(self.rounds[number - 1].take_from.values()), of.k.shape[0]
         return tuple(chunks * batch * self._hierarchy.chunk * x.shape[3] for x in of)  # type: ignore[return-value]
 
-    def guests(self, number: int, buffers: tuple[Tensor, Tensor], of: Pages) -> Pages:
-        """Flat buffers of K and of V (or of their gradients) as the guests of a round, for such own K and V.
+    def guests(self, buffers: tuple[Tensor, Tensor], of: Pages) -> Pages:
+        """Flat buffers of K and of V (or of their gradients) as guests, for such own K and V.
 
         A buffer holds [chunks, batch, chunk, dim]. All heads see all pages, of which each visits its own.
         """

@@ -163,10 +163,9 @@ class Exchange:
 
         if not mine.is_cuda:
             sizes = dict.fromkeys([peer for peer in range(self.world_size) if peer != self.rank], size)
-            every = mine.new_empty(size * len(sizes))
-            got_all = dict.fromkeys(sizes, padded)
-            return self.send("bring", "all_gather", got_all, sizes, every, lambda x: place({**x, self.rank: mine}))
-        every = None
+            into, to_all = mine.new_empty(size * len(sizes)), dict.fromkeys(sizes, padded)
+            return self.send("bring", "all_gather", to_all, sizes, into, lambda x: place({**x, self.rank: mine}))
+        every: Tensor | None = None
         if all(m.count == transfer.chunk for m in transfer.receives) and len(transfer.receives) == self.world_size:
             every = _in_place(targets, transfer.receives)
         into = mine.new_empty(self.world_size * size) if every is None else every

@@ -117,8 +117,17 @@ class Pass:
             lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):
             mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
-            rows = dict(zip(("q", "out", "lse"), self._query_heads(stage, q, out, lse), strict=True))
-            run = partial(attention_forward, own=mine, guests=guests, **rows, scale=scale, resume=stage.resumes)
+            some_q, some_out, some_lse = self._query_heads(stage, q, out, lse)
+            run = partial(
+                attention_forward,
+                some_q,
+                mine,
+                guests,
+                out=some_out,
+                lse=some_lse,
+                scale=scale,
+                resume=stage.resumes,
+            )
             arrived = pending
             if number + 1 < len(stages):
                 # The other slot is free, since its stage is done.
@@ -180,7 +189,7 @@ class Pass:
             tables = chunks.tables(number)
             for part in arrived:
                 part.wait()
-            run(Source(own, chunks.guests(number, _parts(chunks, number, own, slots), own), tables))
+            run(Source(own, chunks.guests(_parts(chunks, number, own, slots), own), tables))
         kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}
         return kept | ({"chosen": slots[1]} if len(chunks.rounds) == 1 else {})
 
@@ -224,10 +233,20 @@ class Pass:
             sliced = len(stage.kv_heads) < k.shape[2]
             d_mine = Pages(*(x.new_zeros(x.shape, dtype=dtype) for x in mine)) if sliced else d_own
             d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_mine.k.dtype) for x in guests))
-            names = ("q", "grad_out", "lse", "delta", "dq")
-            rows = dict(zip(names, self._query_heads(stage, q, grad_out, lse, delta, dq), strict=True))
-            grads = {"d_own": d_mine, "d_guests": d_guests}
-            run = partial(attention_backward, own=mine, guests=guests, **rows, **grads, scale=scale)
+            some_q, some_grad, *some_lines, some_dq = self._query_heads(stage, q, grad_out, lse, delta, dq)
+            run = partial(
+                attention_backward,
+                some_q,
+                mine,
+                guests,
+                grad_out=some_grad,
+                lse=some_lines[0],
+                delta=some_lines[1],
+                dq=some_dq,
+                d_own=d_mine,
+                d_guests=d_guests,
+                scale=scale,
+            )
             if first := several and number == 0:  # what is there is computed while the first guests travel
                 run(table=stage.alone)
             pending.wait()
@@ -295,8 +314,11 @@ class Pass:
                 for part in arrived:
                     part.wait()
                 buffers = _parts(chunks, number, own, slots)
-                d_buffers = tuple(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in buffers)
-                guests, d_guests = (chunks.guests(number, x, own) for x in (buffers, d_buffers))
+                d_buffers = (
+                    buffers[0].new_zeros(buffers[0].shape, dtype=d_own.k.dtype),
+                    buffers[1].new_zeros(buffers[1].shape, dtype=d_own.k.dtype),
+                )
+                guests, d_guests = (chunks.guests(x, own) for x in (buffers, d_buffers))
                 run(Source(own, guests, tables, None, d_own, d_guests))
                 for part in homeward:  # those of the round before have come meanwhile
                     part.wait()
