@@ -88,8 +88,8 @@ class ChosenChunks:
         chunks, batch = sum(self.rounds[number - 1].take_from.values()), of.k.shape[0]
         return tuple(chunks * batch * self._hierarchy.chunk * x.shape[3] for x in of)  # type: ignore[return-value]
 
-    def guests(self, number: int, buffers: tuple[Tensor, Tensor], of: Pages) -> Pages:
-        """Flat buffers of K and of V (or of their gradients) as the guests of a round, for such own K and V.
+    def guests(self, buffers: tuple[Tensor, Tensor], of: Pages) -> Pages:
+        """Flat buffers of K and of V (or of their gradients) as guests, for such own K and V.
 
         A buffer holds [chunks, batch, chunk, dim]. All heads see all pages, of which each visits its own.
         """
@@ -123,14 +123,17 @@ class ChosenChunks:
         masks = self._masks
         return [SelectedTable(*blocks, pages[b], None if masks is None else masks[b]) for b in range(batch)]
 
-    def bring(self, number: int, own: Pages, buffers: tuple[Tensor, Tensor]) -> list[Pending]:
-        """Starts to bring what comes in a round, from 1, into flat buffers of K and of V."""
+    def bring(self, number: int, own: Pages, buffers: tuple[Tensor, Tensor], again: str = "") -> list[Pending]:
+        """Starts to bring what comes in a round, from 1, into flat buffers of K and of V.
+
+        again: names it otherwise in a backward pass.
+        """
         some, chunk = self.rounds[number - 1], self._hierarchy.chunk
         page, head = self._own_places(some.give)
         pending = []
-        for x, into in zip(own, buffers, strict=True):
+        for what, x, into in zip(("keys", "values"), own, buffers, strict=True):
             taken = take_chunks(x, page, head, chunk)
-            pending.append(self._send("bring", taken, some.give_to, some.take_from, into))
+            pending.append(self._send(f"bring chosen {what}{again}", taken, some.give_to, some.take_from, into))
         return pending
 
     def take_home(self, number: int, d_guests: tuple[Tensor, Tensor], d_own: Pages) -> list[Pending]:
@@ -138,7 +141,7 @@ class ChosenChunks:
         some, chunk = self.rounds[number - 1], self._hierarchy.chunk
         page, head = self._own_places(some.give)
         pending = []
-        for x, total in zip(d_guests, d_own, strict=True):
+        for what, x, total in zip(("keys", "values"), d_guests, d_own, strict=True):
             came = x.new_empty((len(page), total.shape[0], chunk, total.shape[3]))
 
             def add(_: dict[int, Tensor], came: Tensor = came, total: Tensor = total) -> None:
@@ -150,7 +153,11 @@ class ChosenChunks:
                     first += count
 
             pages = x.view(-1, total.shape[0], chunk, total.shape[3])
-            pending.append(self._send("return", pages, some.take_from, some.give_to, came.flatten(), add))
+            pending.append(
+                self._send(
+                    f"return gradients of chosen {what}", pages, some.take_from, some.give_to, came.flatten(), add
+                )
+            )
         return pending
 
     def _send(self, way, chunks, sends, comes, into, deliver=lambda got: None) -> Pending:  # type: ignore[no-untyped-def]
@@ -177,7 +184,7 @@ class ChosenChunks:
         sends = {peer: torch.cat((header, bits[edges[peer] : edges[peer + 1]])) for peer in others}
         size = len(header) + int(edges[rank + 1] - edges[rank])
         came = bits.new_empty((world - 1, size))
-        self._exchange.send("ask", "selected", sends, dict.fromkeys(others, size), came.flatten()).wait()
+        self._exchange.send("ask for chunks", "selected", sends, dict.fromkeys(others, size), came.flatten()).wait()
         given = came[:, len(header) :].contiguous()
         totals = came[:, : len(header)].reshape(-1).clone().view(torch.int64)
         most = torch.cat((total.view(1), totals)).max()

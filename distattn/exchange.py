@@ -92,17 +92,18 @@ class Exchange:
         self.world_size = 1 if self.group is None else self.group.size()
         self.counter = counter
 
-    def bring(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
+    def bring(self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
         """Starts to bring rows of all ranks' ``sources`` into this rank's ``targets``.
 
         Nothing is copied here where a single tensor's rows lie in one piece.
 
         Args:
+            what: of what; equal on all ranks, and other for what must not be taken for it.
             sources: one or more tensors [batch, rows, heads, dim] of one dtype, such as K and V.
             targets: the same with the rows of the guest buffer.
         """
         if transfer.kind == "all_gather":
-            return self._all_gather(transfer, sources, targets)
+            return self._all_gather(what, transfer, sources, targets)
         for message in transfer.sends:
             if message.peer == self.rank:
                 # A message to itself: both sides are here.
@@ -111,18 +112,23 @@ class Exchange:
         sizes = _sizes(transfer.receives, self.rank, targets)
         into = _in_place(targets, [m for m in transfer.receives if m.peer != self.rank])
         if into is not None:
-            return self.send("bring", transfer.kind, sends, sizes, into)
+            return self.send(f"bring {what}", transfer.kind, sends, sizes, into)
         return self.send(
-            "bring", transfer.kind, sends, sizes, targets[0].new_empty(sum(sizes.values())),
+            f"bring {what}", transfer.kind, sends, sizes, targets[0].new_empty(sum(sizes.values())),
             lambda got: self._place(transfer, targets, got),
         )  # fmt: skip
 
     def take_home(
-        self, transfer: Transfer, guests: Sequence[Tensor], receive: Callable[[Message, list[Tensor]], None]
+        self,
+        what: str,
+        transfer: Transfer,
+        guests: Sequence[Tensor],
+        receive: Callable[[Message, list[Tensor]], None],
     ) -> Pending:
         """The reverse: starts to send what lies in the guest buffer back to the rows' owners.
 
         Args:
+            what: as in :meth:`bring`.
             guests: tensors [batch, guest rows, heads, dim] of one dtype, such as gradients of guest K and V.
             receive: called once for each message that this rank had sent (in the order of peers), with that message and
                 the returned rows of each tensor, [batch, rows, heads, dim].
@@ -143,9 +149,11 @@ class Exchange:
                 receive(message, split_rows(guests, message.places, flat))
 
         kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
-        return self.send("return", kind, sends, sizes, guests[0].new_empty(sum(sizes.values())), deliver)
+        return self.send(f"return {what}", kind, sends, sizes, guests[0].new_empty(sum(sizes.values())), deliver)
 
-    def _all_gather(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
+    def _all_gather(
+        self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Pending:
         mine = _flat(sources, transfer.sends[0])
         if self.group is None:
             unpack_rows(targets, _mine(transfer.receives, self.rank).places, mine)
@@ -163,14 +171,15 @@ class Exchange:
 
         if not mine.is_cuda:
             sizes = dict.fromkeys([peer for peer in range(self.world_size) if peer != self.rank], size)
-            every = mine.new_empty(size * len(sizes))
-            got_all = dict.fromkeys(sizes, padded)
-            return self.send("bring", "all_gather", got_all, sizes, every, lambda x: place({**x, self.rank: mine}))
-        every = None
+            into, to_all = mine.new_empty(size * len(sizes)), dict.fromkeys(sizes, padded)
+            return self.send(
+                f"bring {what}", "all_gather", to_all, sizes, into, lambda x: place({**x, self.rank: mine})
+            )
+        every: Tensor | None = None
         if all(m.count == transfer.chunk for m in transfer.receives) and len(transfer.receives) == self.world_size:
             every = _in_place(targets, transfer.receives)
         into = mine.new_empty(self.world_size * size) if every is None else every
-        stage = self._begin("bring", "all_gather", mine)
+        stage = self._begin(f"bring {what}", "all_gather", mine)
         with stage:
             work = _all_gather_single(into, padded, group=self.group, async_op=True)
         self.counter.add("all_gather", padded.nbytes * (self.world_size - 1))
@@ -184,7 +193,7 @@ class Exchange:
 
     def _begin(self, way: str, kind: str, like: Tensor) -> Stage:
         assert self.watch is not None
-        return begin(self.watch, f"{way} {kind}, plan {self.plan}", like.is_cuda)
+        return begin(self.watch, f"{way} ({kind}), plan {self.plan}", like.is_cuda)
 
     def send(
         self,
@@ -201,7 +210,7 @@ class Exchange:
         in these wait in vain, and never take what was meant for something else. NCCL makes the same of one call.
 
         Args:
-            way: what it is for, as errors name it. kind: under which the bytes are counted.
+            way: what it is for, as errors name it, such as "bring keys". kind: under which the bytes are counted.
             sizes: by peer, ascending.
             into: flat, where what comes lies, in the order of peers.
             deliver: gets what came, by peer.

@@ -273,7 +273,7 @@ def _gather_rows(x: list[Tensor], plan: str, what: str) -> list[Tensor]:
 def _bring(x: list[Tensor], plan: str, what: str) -> tuple[list[Tensor], Pending]:
     p, transfer, rows = _transfer(plan, what)
     found = [y.new_empty((y.shape[0], rows, *y.shape[2:])) for y in x]
-    return found, Exchange(p.group_name, p.rank, sent, p.key).bring(transfer, x, found)
+    return found, Exchange(p.group_name, p.rank, sent, p.key).bring(what, transfer, x, found)
 
 
 @torch.library.register_fake("distattn::gather_rows")
@@ -292,7 +292,7 @@ def _gather_rows_backward(grads: list[Tensor], rows: list[int], plan: str, what:
         for mine, theirs in zip(sums, returned, strict=True):
             add_rows(mine, message.places, theirs)
 
-    Exchange(p.group_name, p.rank, sent, p.key).take_home(transfer, wide, receive).wait()
+    Exchange(p.group_name, p.rank, sent, p.key).take_home(f"gradients of {what}", transfer, wide, receive).wait()
     return [x.to(g.dtype) for x, g in zip(sums, grads, strict=True)]
 
 

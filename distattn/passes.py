@@ -107,7 +107,7 @@ class Pass:
         slots = self._slots(k, v)
         pending = self._bring(stages[0], own, slots[0]) if stages else Pending()
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
-        queries_here = self.exchange.bring(queries.transfer, [q], [guest_q]) if queries else Pending()
+        queries_here = self.exchange.bring("queries", queries.transfer, [q], [guest_q]) if queries else Pending()
 
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
@@ -117,8 +117,17 @@ class Pass:
             lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):
             mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
-            rows = dict(zip(("q", "out", "lse"), self._query_heads(stage, q, out, lse), strict=True))
-            run = partial(attention_forward, own=mine, guests=guests, **rows, scale=scale, resume=stage.resumes)
+            some_q, some_out, some_lse = self._query_heads(stage, q, out, lse)
+            run = partial(
+                attention_forward,
+                some_q,
+                mine,
+                guests,
+                out=some_out,
+                lse=some_lse,
+                scale=scale,
+                resume=stage.resumes,
+            )
             arrived = pending
             if number + 1 < len(stages):
                 # The other slot is free, since its stage is done.
@@ -180,7 +189,7 @@ class Pass:
             tables = chunks.tables(number)
             for part in arrived:
                 part.wait()
-            run(Source(own, chunks.guests(number, _parts(chunks, number, own, slots), own), tables))
+            run(Source(own, chunks.guests(_parts(chunks, number, own, slots), own), tables))
         kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}
         return kept | ({"chosen": slots[1]} if len(chunks.rounds) == 1 else {})
 
@@ -213,7 +222,7 @@ class Pass:
         d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
         # A direct plan kept its guests; others bring them again.
         slots = self._slots(k, v) if several else [_Slot(kept.guests, k, v)] * 2
-        pending = self._bring(stages[0], own, slots[0]) if several else Pending()
+        pending = self._bring(stages[0], own, slots[0], " again") if several else Pending()
         homeward: list[Pending] = []
         if self.queries is not None:
             homeward.append(
@@ -224,15 +233,25 @@ class Pass:
             sliced = len(stage.kv_heads) < k.shape[2]
             d_mine = Pages(*(x.new_zeros(x.shape, dtype=dtype) for x in mine)) if sliced else d_own
             d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_mine.k.dtype) for x in guests))
-            names = ("q", "grad_out", "lse", "delta", "dq")
-            rows = dict(zip(names, self._query_heads(stage, q, grad_out, lse, delta, dq), strict=True))
-            grads = {"d_own": d_mine, "d_guests": d_guests}
-            run = partial(attention_backward, own=mine, guests=guests, **rows, **grads, scale=scale)
+            some_q, some_grad, *some_lines, some_dq = self._query_heads(stage, q, grad_out, lse, delta, dq)
+            run = partial(
+                attention_backward,
+                some_q,
+                mine,
+                guests,
+                grad_out=some_grad,
+                lse=some_lines[0],
+                delta=some_lines[1],
+                dq=some_dq,
+                d_own=d_mine,
+                d_guests=d_guests,
+                scale=scale,
+            )
             if first := several and number == 0:  # what is there is computed while the first guests travel
                 run(table=stage.alone)
             pending.wait()
             if number + 1 < len(stages):
-                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
+                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2], " again")
             # Guests' gradients before the others: they go home while the other tiles are computed.
             run(table=stage.with_guests)
             going = [self._take_home(transfer, d_guests, d_mine) for transfer in stage.transfers]
@@ -287,16 +306,19 @@ class Pass:
             chunks = ChosenChunks(self.plan, self.exchange, self.chosen, Asked(kept.asked, kept.given))
             again = len(chunks.rounds) > 1  # what came in one round was kept
             slots = _chosen_slots(chunks, own) if again else [kept.chosen] * 2
-            pending = _bring_chosen(chunks, 1, own, slots) if again else []
+            pending = _bring_chosen(chunks, 1, own, slots, " again") if again else []
             for number in range(1, len(chunks.rounds) + 1):
                 arrived = pending
-                pending = _bring_chosen(chunks, number + 1, own, slots) if again else []
+                pending = _bring_chosen(chunks, number + 1, own, slots, " again") if again else []
                 tables = chunks.tables(number)
                 for part in arrived:
                     part.wait()
                 buffers = _parts(chunks, number, own, slots)
-                d_buffers = tuple(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in buffers)
-                guests, d_guests = (chunks.guests(number, x, own) for x in (buffers, d_buffers))
+                d_buffers = (
+                    buffers[0].new_zeros(buffers[0].shape, dtype=d_own.k.dtype),
+                    buffers[1].new_zeros(buffers[1].shape, dtype=d_own.k.dtype),
+                )
+                guests, d_guests = (chunks.guests(x, own) for x in (buffers, d_buffers))
                 run(Source(own, guests, tables, None, d_own, d_guests))
                 for part in homeward:  # those of the round before have come meanwhile
                     part.wait()
@@ -318,23 +340,24 @@ class Pass:
         share, heads = self.plan.heads // self.plan.kv_heads, stage.kv_heads
         return [x[:, :, heads.start * share : heads.stop * share] for x in tensors]
 
-    def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
+    def _bring(self, stage: Stage, own: Pages, slot: _Slot, again: str = "") -> Pending:
         mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
         return Pending.all(
             # One by one: what lies in one piece is sent and received in place.
-            self.exchange.bring(transfer, [x], [to])
+            self.exchange.bring(f"{what}{again}", transfer, [x], [to])
             for transfer in stage.transfers
-            for x, to in zip(mine, guests, strict=True)
+            for what, x, to in zip(("keys", "values"), mine, guests, strict=True)
         )
 
     def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
-        def one(guests: Tensor, total: Tensor) -> Pending:
+        def one(what: str, guests: Tensor, total: Tensor) -> Pending:
             def receive(message: Message, rows: list[Tensor]) -> None:
                 add_rows(total, message.places, rows[0])
 
-            return self.exchange.take_home(transfer, [guests], receive)
+            return self.exchange.take_home(what, transfer, [guests], receive)
 
-        return Pending.all(one(x, total) for x, total in zip(d_guests, d_own, strict=True))
+        names = ("gradients of keys", "gradients of values")
+        return Pending.all(one(*each) for each in zip(names, d_guests, d_own, strict=True))
 
     def _attend_guest_queries(
         self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
@@ -353,7 +376,7 @@ class Pass:
             total.copy_(merged[0])
             total_lse.copy_(merged[1])
 
-        self.exchange.take_home(queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
+        self.exchange.take_home("results", queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
         out[:, mine] = total.to(out.dtype)
         lse[:, mine] = total_lse
 
@@ -373,8 +396,8 @@ class Pass:
         guest_grad = grad_out.new_empty((*shape, grad_out.shape[3]))
         guest_rows = rows.new_empty((*shape, 2))
         arriving = [
-            self.exchange.bring(queries.transfer, [grad_out], [guest_grad]),
-            self.exchange.bring(queries.transfer, [rows], [guest_rows]),
+            self.exchange.bring("gradients of results", queries.transfer, [grad_out], [guest_grad]),
+            self.exchange.bring("sums of rows", queries.transfer, [rows], [guest_rows]),
         ]
         for part in arriving:
             part.wait()
@@ -393,6 +416,7 @@ class Pass:
             scale=scale,
         )
         return self.exchange.take_home(
+            "gradients of queries",
             queries.transfer,
             [guest_dq],
             lambda message, returned: add_rows(dq, message.places, returned[0]),
@@ -429,11 +453,11 @@ def _parts(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -
     return slot[:k_size], slot[k_size : k_size + v_size]
 
 
-def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -> list[Pending]:
+def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor], again: str = "") -> list[Pending]:
     """A round that is on its way, if there is one of this number."""
     if number > len(chunks.rounds):
         return []
-    return chunks.bring(number, own, _parts(chunks, number, own, slots))
+    return chunks.bring(number, own, _parts(chunks, number, own, slots), again)
 
 
 def _nothing(pages: Pages) -> Pages:

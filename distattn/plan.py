@@ -134,7 +134,7 @@ class Plan(OnDevices):
     def corrected_by(self) -> Ints:
         """int64 [tokens]: the local row whose dense result corrects each row; segments begin with such rows."""
         assert self.spec.correction is not None
-        return np.arange(self.tokens) - self.positions.numpy() % self.spec.correction.every
+        return np.asarray(np.arange(self.tokens) - self.positions.numpy() % self.spec.correction.every)
 
     @property
     def stays_dense(self) -> Bools:
@@ -374,7 +374,7 @@ def _choose_schedule(name: str, outline: Outline, layout: Layout, n: dict[str, A
     guests = [(len(heads), count_rows(pages)) for heads, pages in guest_pages(outline, layout, kv_heads)]
     share = max(float((pages / owned).max()) for _, pages in guests)
     row_bytes = 2 * n["block_k"] * (n["head_dim"] + n["value_dim"])
-    bytes_come = float(sum(heads * pages for heads, pages in guests).max()) * row_bytes
+    bytes_come = float(max(np.sum([heads * pages for heads, pages in guests], axis=0))) * row_bytes
     wanted = min(max(int(2 * bytes_come / FEW_BYTES), 2), kv_heads)
     slices = max(size for size in range(1, wanted + 1) if kv_heads % size == 0)
     if name == "auto":

@@ -47,7 +47,7 @@ from distattn.kernels.walk_triton import (
     partial_range,
     slot_of,
 )
-from distattn.kernels.work import grid_size, query_units, query_work
+from distattn.kernels.work import query_units, query_work
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
@@ -399,7 +399,7 @@ def forward(
     visits = work.visits
     for b in range(q.shape[0]):
         pages = [x[b] for x in (*own, *guests)]
-        _forward[(grid_size(numbers, programs),)](
+        _forward[(min(numbers, programs),)](
             rows_descriptor(q[b], 64), *(rows_descriptor(x, 128) for x in pages),
             out[b] if continued else rows_descriptor(out[b], 64), lse[b], slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,

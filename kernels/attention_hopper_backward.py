@@ -26,7 +26,7 @@ from distattn.kernels.slots_triton import add_key_slots, add_query_slots
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import line_descriptor, rows_descriptor
 from distattn.kernels.walk_triton import LOG2_E
-from distattn.kernels.work import grid_size, key_units, key_work, query_units, query_work
+from distattn.kernels.work import key_units, key_work, query_units, query_work, waves_of
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Pages
@@ -86,7 +86,7 @@ def backward(
         inputs = (q, grad_out, *own, *guests)
         heads_apart = [x.stride(2) for x in inputs]
         rows = [rows_descriptor(x[b], 64) for x in inputs]
-        grad_queries[(grid_size(numbers, programs),)](
+        grad_queries[(waves_of(numbers, programs),)](
             *rows, start_lse, start_delta, dq[b] if add_queries else rows_descriptor(dq[b], 64), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             tokens, table.own_pages, table.tiles, by_query.most, numbers, padded, scale * LOG2_E.value, *heads_apart,

@@ -42,7 +42,7 @@ from distattn.kernels.walk_hopper import (
     unpacked,
 )
 from distattn.kernels.walk_triton import LOG2_E, LOWEST, item_of_round, page_length, page_rows, partial_range, slot_of
-from distattn.kernels.work import grid_size, query_units, query_work
+from distattn.kernels.work import query_units, query_work, waves_of
 
 if TYPE_CHECKING:
     from distattn.kernels.attention import Biases, Pages
@@ -315,7 +315,7 @@ def forward(
     pages = visits.part_other if table.has_masks else visits.full_first
     for b in range(q.shape[0]):
         there = [x[b] for x in (*own, *guests)]
-        _forward[(grid_size(numbers, programs),)](
+        _forward[(waves_of(numbers, programs),)](
             rows_descriptor(q[b], 64), *(rows_descriptor(x, rows, 64) for x in there), *(x[b] for x in biases),
             out[b], lse[b], slot_out, slot_lse, work.items, work.item_ptr, units, pages, visits.part_mask,
             visits.masks, q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, numbers,

@@ -119,7 +119,8 @@ def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
         return rows_triton.take_chunks(x, page, head, chunk)
     padding = -x.shape[1] % chunk
     whole = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk))
-    return whole[:, page, :, head].contiguous()
+    taken: Tensor = whole[:, page, :, head]
+    return taken.contiguous()
 
 
 def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:

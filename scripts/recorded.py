@@ -41,9 +41,9 @@ class Recorded:
             return send(exchange, *rest, into, keep)
 
         def keep_gathered(
-            exchange: Exchange, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
+            exchange: Exchange, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
         ) -> Pending:
-            pending = gather(exchange, transfer, sources, targets)
+            pending = gather(exchange, what, transfer, sources, targets)
             if exchange.group is None or not sources[0].is_cuda:  # it went through `send`
                 return pending
             kept = self._new()
@@ -75,10 +75,10 @@ class Recorded:
             return Pending(finish)
 
         def gathered(
-            exchange: Exchange, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
+            exchange: Exchange, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
         ) -> Pending:
             if exchange.group is None or not sources[0].is_cuda:
-                return gather(exchange, transfer, sources, targets)
+                return gather(exchange, what, transfer, sources, targets)
             kept = next(left)
 
             def finish() -> None:
