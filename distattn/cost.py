@@ -86,14 +86,14 @@ class Timeline:
         self.machine, self.world_size = machine, world_size
         self.now, self.line = np.zeros((2, world_size))
         self._compute, self._copies, self._exchange, self._exposed, self._host = np.zeros((5, world_size))
-        self._drag = 0.0
 
-    def compute(self, seconds: Floats, host: float) -> None:
-        """Kernels. host: seconds that the host needs to launch them."""
+    def compute(self, seconds: Floats, host: float, backward: bool = False) -> None:
+        """Kernels, of a backward pass or a forward one. host: seconds that the host needs to launch them."""
+        drag = self.machine.drag["backward" if backward else "forward"]
         beside = np.clip(self.line - self.now, 0.0, seconds)
-        self.now = self.now + seconds + self._drag * beside
+        self.now = self.now + seconds + drag * beside
         self._compute += seconds
-        self._exposed += self._drag * beside
+        self._exposed += drag * beside
         self._host += np.where(seconds > 0, host, 0.0)
 
     def copy(self, nbytes: Floats | float, pack: bool = False, launches: int = 1) -> None:
@@ -124,7 +124,6 @@ class Timeline:
         if kind != "neighbours":
             seconds = np.full_like(seconds, seconds.max())
         self.line = begin + seconds
-        self._drag = self.machine.drag[kind]
         self._exchange += seconds
         self._host += messages * self.machine.host["exchange"]
         return self.line

@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 KINDS = ("pattern", "biased", "chosen", "summaries")
 WAYS = ("forward", "resume", "backward")
 EXCHANGES = ("neighbours", "all_to_all", "all_gather")
+DRAG = ("forward", "backward")
 HOST = ("launch", "forward", "backward", "exchange")
 
 
@@ -118,8 +119,8 @@ class Machine:
         host: seconds of the host: "launch" of a small kernel, "forward" and "backward" of a call beside its
             launches of tile kernels, "exchange" of one transfer.
         exchanges: by kind of transfer, see ``messages.Transfer``.
-        drag: by kind, how many seconds a kernel loses for each second of an exchange that runs beside it: 0 where they
-            do not disturb each other, 1 where they might as well run one after the other.
+        drag: "forward" and "backward", how many seconds such a kernel loses for each second of an exchange that
+            runs beside it: 0 where they do not disturb each other, 1 where they might as well run one after the other.
         ranks: between which exchanges were measured.
         gpus_per_node: ranks that are as near to each other as these.
         between_nodes: bytes a second and rank between nodes; between_latency: seconds of an exchange at least.
@@ -234,7 +235,7 @@ def _read(text: str, where: str) -> Machine:
     for speed in values["kernels"]:
         if speed.kind not in KINDS or speed.way not in WAYS:
             raise ConfigError(f"kernels of {where} has {speed.kind!r}, {speed.way!r}; expected {KINDS}, {WAYS}")
-    for name, keys in (("host", HOST), ("exchanges", EXCHANGES), ("drag", EXCHANGES)):
+    for name, keys in (("host", HOST), ("exchanges", EXCHANGES), ("drag", DRAG)):
         if not isinstance(values[name], dict) or sorted(values[name]) != sorted(keys):
             raise ConfigError(f"{name} of {where} is {values[name]!r}; expected {', '.join(keys)}")
     for name in ("host", "drag"):

@@ -87,9 +87,9 @@ class _Held:
         self, name: str, packed: Floats | float, sent: Floats | float, received: Floats | float, joins: Bools | bool
     ) -> None:
         """What was packed, and room for what comes. joins: a collective sends one tensor, made of one for each peer."""
-        joined = sent * (np.asarray(joins) & self.on_gpu)
+        joined = np.asarray(sent * (np.asarray(joins) & self.on_gpu), np.float64)
         self.ledger.hold(**{name: packed + received + joined})
-        self.ledger.hold(**{name: np.where(joined > 0, joined, packed) + received})
+        self.ledger.hold(**{name: np.asarray(np.where(joined > 0, joined, packed) + received, np.float64)})
 
     def gather(self, name: str, mine: Floats | float, every: Floats | float) -> None:
         """The same of rows that go to all; they are padded to as many as the largest rank has."""

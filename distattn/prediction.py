@@ -67,7 +67,7 @@ class _Run:
         blocks = blocks or self.task.blocks
         speed = self.machine.kernel(kind, way, self.size, blocks)
         seconds = speed.seconds(tiles.visits, tiles.rows, tiles.masked, blocks, self.dim, self.size)
-        self.time.compute(seconds, speed.host)
+        self.time.compute(seconds, speed.host, way == "backward")
 
     def start(self, load: Load, row_bytes: float) -> tuple[Floats, Floats]:
         """Packs and starts a stage's transfers; when they are done, and the bytes that came."""

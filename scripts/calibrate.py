@@ -41,7 +41,7 @@ from distattn.kernels.attention import Biases, Pages, attention_backward, attent
 from distattn.kernels.rows import Places, pack_rows, unpack_rows
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
-from distattn.machine import EXCHANGES, HOST, ChoiceSpeed, Curve, KernelSpeed, Machine
+from distattn.machine import DRAG, EXCHANGES, HOST, ChoiceSpeed, Curve, KernelSpeed, Machine
 from distattn.patterns import BlockSparse, Causal, GlobalKeys, Pattern, SlidingWindow
 from distattn.plan import Plan, make_plan
 from distattn.selection import choose, summary_table
@@ -434,11 +434,11 @@ def together(run: Callable[[], object], s: Setting, rounds: int | None = None) -
 
 
 def measure_exchanges(s: Setting, say: Callable[[str], None]) -> tuple[dict[str, Curve], dict[str, float]]:
-    """(seconds by bytes, drag), both by kind."""
-    curves, drags = {}, {}
+    """(seconds by bytes, by kind; drag by way)."""
+    curves: dict[str, Curve] = {}
+    timed: dict[str, list[tuple[float, int]]] = {}
+    drags: dict[str, float] = {}
     largest = LARGEST if s.device.type == "cuda" else 1 << 24
-    short = s.length // 2
-    kernel = planned(s, "dense causal", Causal(), short, ("forward",)).runs["forward"]
     for kind in EXCHANGES:
         points = []
         for nbytes in [SMALLEST << shift for shift in range(0, 64, 2) if SMALLEST << shift <= largest]:
@@ -448,25 +448,27 @@ def measure_exchanges(s: Setting, say: Callable[[str], None]) -> tuple[dict[str,
                 f"{kind}: {leave / 2**20:10.3f} MiB leave a rank, {1e3 * points[-1][1]:9.3f} ms, "
                 f"{leave / points[-1][1] / 1e9:7.1f} GB/s"
             )
-        leaving, times, _ = zip(*points, strict=True)
+        leaving, times, sizes = zip(*points, strict=True)
+        timed[kind] = [*zip(times, sizes, strict=True)]
         # What is smaller takes no longer.
         curves[kind] = Curve(leaving, tuple(np.minimum.accumulate(times[::-1])[::-1].tolist()))
-        # Beside a kernel that lasts longer: started first, as passes do.
+    # Beside a kernel that lasts longer: started first, as passes do.
+    for way, kernel in planned(s, "dense causal", Causal(), s.length // 2, DRAG).runs.items():
         alone = together(kernel, s)
-        _, took, nbytes = min(points, key=lambda point: abs(point[1] - alone / 2))
-        begin, _ = start(kind, nbytes, s)
+        took, nbytes = min(timed["neighbours"], key=lambda point: abs(point[0] - alone / 2))
+        begin, _ = start("neighbours", nbytes, s)
 
-        def beside(begin=begin) -> None:  # type: ignore[no-untyped-def]
+        def beside(begin=begin, kernel=kernel) -> None:  # type: ignore[no-untyped-def]
             works = begin()
             kernel()
             for work in works:
                 work.wait()
 
         both = together(beside, s)
-        drags[kind] = min(max(both - max(alone, took), 0.0) / min(took, alone), 1.0)
+        drags[way] = min(max(both - max(alone, took), 0.0) / min(took, alone), 1.0)
         say(
-            f"{kind}: {1e3 * took:.3f} ms beside a kernel of {1e3 * alone:.3f} ms: {1e3 * both:.3f} ms together, "
-            f"drag {drags[kind]:.2f}"
+            f"{1e3 * took:.3f} ms of neighbours beside a {way} kernel of {1e3 * alone:.3f} ms: {1e3 * both:.3f} ms "
+            f"together, drag {drags[way]:.2f}"
         )
     return curves, drags
 

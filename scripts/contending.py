@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -24,10 +23,11 @@ from torch import Tensor
 
 import distattn
 from distattn import reference
-from distattn.cost import Machine, step_time
-from distattn.explain import peak_bytes
+from distattn.explain import plan_peak_bytes
+from distattn.machine import Machine
 from distattn.operators import sent
-from distattn.plan import Plan
+from distattn.plan import DEFAULT_MACHINE, Plan
+from distattn.prediction import predict
 from distattn.spec import AttentionSpec
 
 TIMEOUT = timedelta(seconds=240)  # of a collective; the slowest thing between two of them is a compilation
@@ -66,15 +66,14 @@ def line(row: dict[str, object]) -> str:
 
 
 def machine_of(path: Path | None) -> Machine:
-    """What predictions are made with: a JSON file with the fields of `Machine`; an assumed H100 without one."""
-    return Machine.h100() if path is None else Machine(**json.loads(path.read_text()))
+    """What predictions are made with: a file that scripts/calibrate.py wrote; without one the library's default."""
+    return Machine.load(DEFAULT_MACHINE if path is None else path)
 
 
-def predicted_ms(plan: Plan, backward: bool, machine: Machine) -> float | None:
-    """What the cost model says a step takes; None where it says nothing."""
-    if backward:
-        return None
-    return 1e3 * max(step_time(machine, work).total for work in plan.work())
+def predicted_ms(plan: Plan, itemsize: int, backward: bool, machine: Machine) -> float:
+    """What the cost model says a step takes: a forward pass, and a backward pass after it."""
+    passes = [predict(plan, machine, itemsize, backward=way) for way in ((False, True) if backward else (False,))]
+    return 1e3 * float(sum(found.total for found in passes).max())
 
 
 class Job:
@@ -337,11 +336,9 @@ def measure(
             home = statistics.median(job.largest(at_home[at]))
             row["exposed_percent"] = round(100 * (took - home) / took, 2)
         if plan is not None:
-            predicted = predicted_ms(plan, backward, job.machine)
-            row["predicted_ms"] = None if predicted is None else round(predicted, 3)
-            if not backward:
-                held = [peak_bytes(plan, r, w, timed.inputs[0].itemsize) for r, w in enumerate(work[at] or [])]
-                row["planned_mib"] = round(max(held) / 2**20)
+            itemsize = timed.inputs[0].itemsize
+            row["predicted_ms"] = round(predicted_ms(plan, itemsize, backward, job.machine), 3)
+            row["planned_mib"] = round(plan_peak_bytes(plan, itemsize, backward=backward).max() / 2**20)
         job.add(row)
 
 
