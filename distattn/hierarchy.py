@@ -362,6 +362,15 @@ class Hierarchy(OnDevices):
         mine = np.searchsorted(self.my_selectable, tiles[owner == self.rank])
         return to_everyone(owner, mine, tuple(range(self.heads)), self.rank, self.layout.world_size), tiles
 
+    @property
+    def rows_before(self) -> Ints:
+        """int64 [tiles]: of each of this rank's tiles, where the one before it is among these and ``tile_before``."""
+        known = self.my_selectable
+        if self.tile_before is not None:
+            known = np.concatenate((known, self.tile_before[1]))
+        order = np.argsort(known, kind="stable")
+        return order[np.searchsorted(known[order], np.maximum(self.my_selectable - 1, 0))]
+
     def _bring(self, positions: Ints, heads: int) -> Transfer:
         owner = self.layout.owner_of(positions)
         return to_everyone(owner, self._local(positions), tuple(range(heads)), self.rank, self.layout.world_size)

@@ -1,7 +1,7 @@
 """What the kernels for Hopper GPUs share, in Triton's Gluon dialect: layouts, descriptors, and masks from bits.
 
-Every such kernel has three groups of warps: one warp that fetches tiles with the tensor memory accelerator into a ring
-of buffers in shared memory, and two groups of four warps that each multiply 64 rows. A buffer has two barriers: "full"
+Every such kernel has a warp, or several, that fetches tiles with the tensor memory accelerator into a ring of buffers
+in shared memory, and two groups of four warps that each multiply 64 rows. A buffer has two barriers: "full"
 (its bytes have come) and "empty" (both groups have read it). Round r of a ring waits for phase r % 2 of "full" and for
 the other phase of "empty", which a fresh barrier passes at once.
 

@@ -88,6 +88,8 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
             attention.attention_forward(q, own, nobody, some, grad.float(), lse, scale=0.1, resume=True, bias=bias)
         if engine == "triton":
             rows_triton.add_rows(own.k, Places(np.array([[1, 9], [20, 40]]), (1,)), own.k[:, :28, :1])
+            some = torch.tensor([0, 1])
+            rows_triton.add_chunks(own.k, some, some, rows_triton.take_chunks(own.k, some, some, 64))
             rows_triton.merge(q.float(), lse, q.float(), lse)
             means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))
             rows_triton.chunk_means_backward(means, counts, tokens, 64, None, dtype)
