@@ -57,8 +57,8 @@ class Load:
     kind: of the transfer of pages, see ``messages.Transfer``. distance: from whom it comes in a ring, else None.
     sent, received: rows of one key/value head; float64 [ranks]. guest_rows: room for them, by key/value head.
     routes: from whom to whom, and where rows lie.
-    shared: rows of gathered keys that a rank has, and all of them: these come beside. alone, guests: query tiles that
-        visit no guest page, and the others. resumes: whether it goes on from what earlier stages made.
+    shared: rows of gathered keys that a rank has, and all of them: these come first. alone, guests: query tiles that
+        visit no page of another rank, and the others. resumes: whether it goes on from what earlier stages made.
     """
 
     kind: str
@@ -158,8 +158,7 @@ class _View:
         here = Tiles(visits[:, 0] + gathered.visits, rows[:, 0], masked[:, 0] + gathered.masked)
         room = np.full(self.world, -(-keys // self.block) * self.block)
         shared = self.shared * self.kv_heads, keys * self.kv_heads
-        sides = (empty, here) if keys else (here, empty)
-        loads = [Load("neighbours", 0, nothing, nothing, room, routes, shared, sides[0], sides[1], resumes=False)]
+        loads = [Load("neighbours", 0, nothing, nothing, room, routes, shared, here, empty, resumes=False)]
         rank = np.arange(self.world)
         for distance in range(1, visits.shape[1]):
             received = self.block * pages[:, distance]
@@ -189,7 +188,6 @@ class _View:
         for part, heads in zip(self.outline.gathered, self.heads, strict=False):
             visits += heads * part.tiles
             masked += heads * np.bincount(part.row, minlength=count)
-            reaches |= part.tiles > 0
         return visits, masked, reaches
 
     def _gathered(self) -> Tiles:
@@ -207,7 +205,7 @@ class _View:
         of = self.owned.row_of()
         at = np.searchsorted(of * line + self.owned.start, rank * line + page, side="right") - 1
         before = np.cumsum(size) - size
-        before = before - before[self.owned.ptr[:-1]][of]
+        before = before - before[self.owned.ptr[of]]
         inside = before[at] + np.minimum(page - self.owned.start[at], size[at])
         return np.where((at >= 0) & (of[at] == rank), inside, 0)
 

@@ -105,7 +105,7 @@ class Pass:
         dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
         several = not stages or any(stage.resumes for stage in stages) or more
         slots = self._slots(k, v)
-        pending = self._bring(stages[0], own, slots[0]) if stages else Pending()
+        pending = self._bring(stages[0], own, slots[0]) if stages else (Pending(), Pending())
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
         queries_here = self.exchange.bring("queries", queries.transfer, [q], [guest_q]) if queries else Pending()
 
@@ -128,12 +128,13 @@ class Pass:
                 scale=scale,
                 resume=stage.resumes,
             )
-            arrived = pending
+            shared_here, pages_here = pending
             if number + 1 < len(stages):
                 # The other slot is free, since its stage is done.
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
+            shared_here.wait()
             run(table=stage.alone)
-            arrived.wait()
+            pages_here.wait()
             run(table=stage.with_guests)
         kept = slots[0].flat if len(stages) == 1 else q.new_empty(0)
         return Begun(out, lse, kept, guest_q, queries_here)
@@ -222,7 +223,7 @@ class Pass:
         d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
         # A direct plan kept its guests; others bring them again.
         slots = self._slots(k, v) if several else [_Slot(kept.guests, k, v)] * 2
-        pending = self._bring(stages[0], own, slots[0], " again") if several else Pending()
+        pending = self._bring(stages[0], own, slots[0], " again") if several else (Pending(), Pending())
         homeward: list[Pending] = []
         if self.queries is not None:
             homeward.append(
@@ -247,16 +248,18 @@ class Pass:
                 d_guests=d_guests,
                 scale=scale,
             )
+            pending[0].wait()
             if first := several and number == 0:  # what is there is computed while the first guests travel
                 run(table=stage.alone)
-            pending.wait()
+            pending[1].wait()
             if number + 1 < len(stages):
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2], " again")
             # Guests' gradients before the others: they go home while the other tiles are computed.
             run(table=stage.with_guests)
-            going = [self._take_home(transfer, d_guests, d_mine) for transfer in stage.transfers]
+            going = [self._take_home(stage.pages, d_guests, d_mine)]
             if not first:
                 run(table=stage.alone)
+            going.append(self._take_home(stage.shared, d_guests, d_mine))
             for part in homeward:  # those of the stage before have come meanwhile
                 part.wait()
             homeward = [*going, *([Pending(partial(_add, d_own, d_mine, stage.kv_heads))] if sliced else [])]
@@ -340,16 +343,25 @@ class Pass:
         share, heads = self.plan.heads // self.plan.kv_heads, stage.kv_heads
         return [x[:, :, heads.start * share : heads.stop * share] for x in tensors]
 
-    def _bring(self, stage: Stage, own: Pages, slot: _Slot, again: str = "") -> Pending:
+    def _bring(self, stage: Stage, own: Pages, slot: _Slot, again: str = "") -> tuple[Pending, Pending]:
+        """Gathered keys, and pages of other ranks."""
         mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
-        return Pending.all(
-            # One by one: what lies in one piece is sent and received in place.
-            self.exchange.bring(f"{what}{again}", transfer, [x], [to])
-            for transfer in stage.transfers
-            for what, x, to in zip(("keys", "values"), mine, guests, strict=True)
-        )
 
-    def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
+        def start(transfer: Transfer | None, of: str) -> Pending:
+            if transfer is None:
+                return Pending()
+            # One by one: what lies in one piece is sent and received in place.
+            names = (f"{of}keys{again}", f"{of}values{again}")
+            return Pending.all(
+                self.exchange.bring(what, transfer, [x], [to]) for what, x, to in zip(names, mine, guests, strict=True)
+            )
+
+        return start(stage.shared, "global "), start(stage.pages, "")
+
+    def _take_home(self, transfer: Transfer | None, d_guests: Pages, d_own: Pages) -> Pending:
+        if transfer is None:
+            return Pending()
+
         def one(what: str, guests: Tensor, total: Tensor) -> Pending:
             def receive(message: Message, rows: list[Tensor]) -> None:
                 add_rows(total, message.places, rows[0])

@@ -69,22 +69,25 @@ class _Run:
         seconds = speed.seconds(tiles.visits, tiles.rows, tiles.masked, blocks, self.dim, self.size)
         self.time.compute(seconds, speed.host, way == "backward")
 
-    def start(self, load: Load, row_bytes: float) -> tuple[Floats, Floats]:
-        """Packs and starts a stage's transfers; when they are done, and the bytes that came."""
+    def start(self, load: Load, row_bytes: float) -> list[tuple[Floats, Floats]]:
+        """Packs and starts a stage's transfers, of gathered keys and of pages; when each is done, and the bytes that
+        are copied then."""
+        none = np.zeros(self.world)
         if self.world == 1:
-            return np.zeros(1), np.zeros(1)
+            return [(none, none), (none, none)]
         shared, all_shared = load.shared
-        done = np.zeros(self.world)
+        first = none
         if all_shared:
             self.time.copy(4 * shared * row_bytes, pack=True, launches=3)
             others = (all_shared - shared) * row_bytes
-            done = self.time.start("all_gather", others, abroad=self.abroad, messages=_TENSORS)
+            first = self.time.start("all_gather", others, abroad=self.abroad, messages=_TENSORS)
+        done = none
         if load.distance != 0:
             routes, out = load.routes, load.sent * row_bytes
             self.time.copy(2 * routes.packs * out, pack=True, launches=_TENSORS)
             self.time.copy(2 * routes.joins * out, launches=_TENSORS)
-            done = np.maximum(done, self._travel_pages(load, row_bytes))
-        return done, (load.routes.unpacks * load.received + all_shared) * row_bytes
+            done = self._travel_pages(load, row_bytes)
+        return [(first, none + all_shared * row_bytes), (done, load.routes.unpacks * load.received * row_bytes)]
 
     def _travel_pages(self, load: Load, row_bytes: float) -> Floats:
         most = np.maximum(load.sent, load.received) * row_bytes
@@ -135,8 +138,9 @@ class _Run:
             if number + 1 < len(self.task.loads):
                 pending = self.start(self.task.loads[number + 1], self.dim * self.size)
             way = "resume" if load.resumes else "forward"
+            self.arrive(arrived[0])
             self.run("pattern", way, load.alone)
-            self.arrive(arrived)
+            self.arrive(arrived[1])
             self.run("pattern", way, load.guests)
         if not more:
             self._attend_queries(queries)
@@ -335,7 +339,7 @@ class _Run:
     def _stages_backward(self, queries: int, several: bool) -> None:
         sliced = self.task.slices > 1
         none = np.zeros(self.world)
-        pending = (none, none)
+        pending = [(none, none), (none, none)]
         if several:
             self.time.copy((self.task.room(0) + self.task.room(1)) * self.size)
             pending = self.start(self.task.loads[0], self.dim * self.size)
@@ -348,37 +352,43 @@ class _Run:
         for number, load in self._each_stage():
             self.time.copy(load.guest_rows * heads * self.dim * self.wide, launches=2)
             first = several and number == 0
+            if several:
+                self.arrive(pending[0])
             if first:
                 self.run("pattern", "backward", load.alone)
             if several:
-                self.arrive(pending)
+                self.arrive(pending[1])
                 if number + 1 < len(self.task.loads):
                     pending = self.start(self.task.loads[number + 1], self.dim * self.size)
             self.run("pattern", "backward", load.guests)
-            going = self._send_home(load)
+            going = [self._send_pages_home(load)]
             if not first:
                 self.run("pattern", "backward", load.alone)
+            going.append(self._send_shared_home(load))
             self._added(homeward)
-            homeward = [going]
+            homeward = going
             if sliced:
                 self.time.copy(self.task.keys / self.task.slices * (3 * self.wide + 2 * self.size), launches=2)
         self._added(homeward)
 
-    def _send_home(self, load: Load) -> tuple[Floats, Floats]:
-        """Gradients of guests, in float32; when they are there, and the bytes that come back."""
-        if self.world == 1:
-            return np.zeros(1), np.zeros(1)
+    def _send_pages_home(self, load: Load) -> tuple[Floats, Floats]:
+        """Gradients of other ranks' pages, in float32; when they are there, and the bytes that come back."""
+        if self.world == 1 or load.distance == 0:
+            return np.zeros(self.world), np.zeros(self.world)
         row = self.dim * self.wide
+        self.time.copy(2 * load.routes.joins_home * load.received * row, launches=_TENSORS)
+        return self._travel_pages(load, row), load.sent * row
+
+    def _send_shared_home(self, load: Load) -> tuple[Floats, Floats]:
+        """The same of gathered keys."""
         shared, every = load.shared
-        done, back = np.zeros(self.world), load.sent + shared * (self.world - 1)
-        if every:
-            self.time.copy(4 * every * row, pack=True, launches=2)
-            most = np.maximum(every - shared, shared * (self.world - 1)) * row
-            done = self.time.start("all_to_all", most, abroad=self.abroad, messages=_TENSORS)
-        if load.distance != 0:
-            self.time.copy(2 * load.routes.joins_home * load.received * row, launches=_TENSORS)
-            done = np.maximum(done, self._travel_pages(load, row))
-        return done, back * row
+        if self.world == 1 or not every:
+            return np.zeros(self.world), np.zeros(self.world)
+        row = self.dim * self.wide
+        self.time.copy(4 * every * row, pack=True, launches=2)
+        most = np.maximum(every - shared, shared * (self.world - 1)) * row
+        done = self.time.start("all_to_all", most, abroad=self.abroad, messages=_TENSORS)
+        return done, shared * (self.world - 1) * row
 
     def _added(self, homeward: list[tuple[Floats, Floats]]) -> None:
         for done, nbytes in homeward:

@@ -138,15 +138,14 @@ class TileTable(Tiling):
         """Whether some row visits nothing."""
         return not (self.full_pages + self.part_pages).all()
 
-    @cached_property
-    def visits_guests(self) -> NDArray[np.bool_]:
-        """bool [tiles]: whether some table of the tile visits a guest page."""
+    def visits_from(self, page: int) -> NDArray[np.bool_]:
+        """bool [tiles]: whether some table of the tile visits a page of this number or a later one."""
         rows = self.tables * self.tiles
         run_row = np.repeat(np.arange(rows), np.diff(self.full_ptr))
         part_row = np.repeat(np.arange(rows), np.diff(self.part_ptr))
         out = np.zeros(rows, np.bool_)
-        out[run_row[self.full_first + self.full_count > self.own_pages]] = True
-        out[part_row[self.part_page >= self.own_pages]] = True
+        out[run_row[self.full_first + self.full_count > page]] = True
+        out[part_row[self.part_page >= page]] = True
         return np.asarray(out.reshape(self.tables, self.tiles).any(axis=0))
 
     @cached_property
