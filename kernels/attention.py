@@ -94,7 +94,8 @@ def attention_forward(
     if kernel == "torch":
         attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, resume, bias)
         return
-    recording = Recording(given if kernel == "hopper" else (*map(_with_dense_rows, given[:5]), *given[5:]))
+    rows = given if kernel == "hopper" else (*map(_with_dense_rows, given[:5]), *given[5:])
+    recording = Recording(rows, again=isinstance(table, TileTable))  # what is selected is selected anew for each call
     if kernel == "hopper" and isinstance(table, SelectedTable):
         from distattn.kernels import attention_hopper_selected
 
@@ -170,7 +171,8 @@ def attention_backward(
     elif kernel == "triton":
         from distattn.kernels import attention_triton_backward
 
-        recording = Recording((*map(_with_dense_rows, read[:6]), *read[6:], *sums, *biases))
+        rows = (*map(_with_dense_rows, read[:6]), *read[6:], *sums, *biases)
+        recording = Recording(rows, again=isinstance(table, TileTable))
         attention_triton_backward.backward(recording, table, scale, bias is not None)
     else:
         grads = sum_q, sum_own, sum_guests

@@ -76,13 +76,13 @@ def strides_of(*given: Given) -> list[int]:
 class Recording:
     """Launches one after the other: those of the call that is recorded, and then, :meth:`replayed`, those of others.
 
-    given: the tensors of the call that is recorded.
+    given: the tensors of the call that is recorded. again: whether others may follow; else it only launches.
     """
 
-    def __init__(self, given: Sequence[Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor], again: bool = True) -> None:
         self.given = [Given(number, x) for number, x in enumerate(given)]
         self._temporary: list[tuple[int, ...]] = []
-        self._launches: list[_Launch] | None = []
+        self._launches: list[_Launch] | None = [] if again else None
 
     def temporary(self, *shape: int) -> Part | Tensor:
         """A float32 tensor that each call makes anew; one without elements serves all calls."""

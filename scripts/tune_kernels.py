@@ -83,7 +83,6 @@ class Trial:
         table = configurations.measured(torch.cuda.get_device_capability(self.q.device))
         sizes = taken_together(kernel, self.sizes)
         table[kernel, sizes] = candidate
-        self.table.recordings.clear()  # those of other candidates
         try:
             if kernel == "forward":
                 attention_forward(
