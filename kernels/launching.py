@@ -74,7 +74,7 @@ def strides_of(*given: Given) -> list[int]:
 
 
 class Recording:
-    """Launches one after the other: those of the call that is recorded, and then, :meth:`replayed`, those of others.
+    """Launches one after the other: those of the call that is recorded, and then, :meth:`replay`, those of others.
 
     given: the tensors of the call that is recorded. again: whether others may follow; else it only launches.
     """

@@ -37,12 +37,12 @@ def _move_part(
 @triton.jit(do_not_specialize=["runs", "count"])
 def _move_rows(
     x, y, flat, places, runs, count, x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d,
-    WAY: tl.constexpr, HEADS: tl.constexpr, BATCH: tl.constexpr, X_DIM: tl.constexpr, X_DIM_2: tl.constexpr,
-    Y_DIM: tl.constexpr, Y_DIM_2: tl.constexpr, TENSORS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    WAY: tl.constexpr, HEADS: tl.constexpr, X_DIM: tl.constexpr, X_DIM_2: tl.constexpr, Y_DIM: tl.constexpr,
+    Y_DIM_2: tl.constexpr, TENSORS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, head, batch and tensor): ROWS rows of one head of x or y, of which there is none if TENSORS is 1.
 
-    flat: of each part of the places [BATCH, its rows, HEADS, X_DIM] of x, then [BATCH, its rows, HEADS, Y_DIM] of y.
+    flat: of each part of the places [batch, its rows, HEADS, X_DIM] of x, then [batch, its rows, HEADS, Y_DIM] of y.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     number = tl.program_id(1)
@@ -59,12 +59,13 @@ def _move_rows(
     part_begin = tl.load(places + 2 * runs + run)
     part_rows = tl.load(places + 3 * runs + run)
     head = tl.load(places + 4 * runs + number)
-    begin = part_begin * (BATCH * HEADS * (X_DIM + Y_DIM))
+    heads = (tl.num_programs(2) // TENSORS) * HEADS  # of all sequences
+    begin = part_begin * heads * (X_DIM + Y_DIM)
     flat_row = (batch * part_rows + row - part_begin) * HEADS + number
     if tl.program_id(2) % TENSORS == 0:
         _move_part(x, flat + begin[:, None], at, flat_row, there, batch, head, x_b, x_n, x_h, x_d, WAY, X_DIM, X_DIM_2)
     else:
-        begin += part_rows * (BATCH * HEADS * X_DIM)
+        begin += part_rows * heads * X_DIM
         _move_part(y, flat + begin[:, None], at, flat_row, there, batch, head, y_b, y_n, y_h, y_d, WAY, Y_DIM, Y_DIM_2)
 
 
@@ -87,7 +88,7 @@ def _move(tensors: Sequence[Tensor], flat: Tensor, places: Places, way: tl.const
     recording.launch(
         _move_rows, (triton.cdiv(places.count, rows), heads, batch * len(tensors)),
         parts[0], parts[-1], flat_part, places.on(flat.device), runs, places.count,
-        *tensors[0].stride(), *tensors[-1].stride(), WAY=way.value, HEADS=heads, BATCH=batch, X_DIM=dims[0],
+        *tensors[0].stride(), *tensors[-1].stride(), WAY=way.value, HEADS=heads, X_DIM=dims[0],
         X_DIM_2=dims_2[0], Y_DIM=sum(dims[1:]), Y_DIM_2=dims_2[-1], TENSORS=len(tensors), ROWS=rows,
         STEPS=-(-runs.bit_length() // 4) * 4,
     )  # fmt: skip
