@@ -80,6 +80,7 @@ def _move(tensors: Sequence[Tensor], flat: Tensor, places: Places, way: tl.const
     if recorded := places.recordings.get(key):
         recorded.replay(given)
         return
+    assert flat.numel() == places.size(tensors)
     recording = Recording(given)
     *parts, flat_part = (Part(number, 0, x) for number, x in enumerate(given))
     dims = [x.shape[3] for x in tensors]
