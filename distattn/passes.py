@@ -341,6 +341,8 @@ class Pass:
     def _query_heads(self, stage: Stage, *tensors: Tensor) -> list[Tensor]:
         """Those that read the stage's key/value heads, of tensors [batch, tokens, heads, ...]."""
         share, heads = self.plan.heads // self.plan.kv_heads, stage.kv_heads
+        if len(heads) == self.plan.kv_heads:  # a view takes as long as all else that is done to a tensor here
+            return [*tensors]
         return [x[:, :, heads.start * share : heads.stop * share] for x in tensors]
 
     def _bring(self, stage: Stage, own: Pages, slot: _Slot, again: str = "") -> tuple[Pending, Pending]:
@@ -440,16 +442,19 @@ class _Slot:
 
     def __init__(self, flat: Tensor, k: Tensor, v: Tensor) -> None:
         self.flat, self._batch, self._dims = flat, k.shape[0], (k.shape[3], v.shape[3])
+        self._pages: dict[tuple[int, int], Pages] = {}
 
     def of_stage(self, stage: Stage) -> Pages:
         return self.pages(stage.guest_rows, len(stage.kv_heads))
 
     def pages(self, rows: int, heads: int) -> Pages:
         """Room for so many rows of so many key/value heads."""
-        shapes = [(self._batch, rows, heads, dim) for dim in self._dims]
-        k_size, v_size = (math.prod(shape) for shape in shapes)
-        parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
-        return Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        if (rows, heads) not in self._pages:
+            shapes = [(self._batch, rows, heads, dim) for dim in self._dims]
+            k_size, v_size = (math.prod(shape) for shape in shapes)
+            parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
+            self._pages[rows, heads] = Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        return self._pages[rows, heads]
 
 
 def _chosen_slots(chunks: ChosenChunks, own: Pages) -> list[Tensor]:
@@ -479,6 +484,8 @@ def _nothing(pages: Pages) -> Pages:
 
 def _of_heads(pages: Pages, kv_heads: range) -> Pages:
     """Some heads."""
+    if len(kv_heads) == pages.k.shape[2]:
+        return pages
     return Pages(*(x[:, :, kv_heads.start : kv_heads.stop] for x in pages))
 
 

@@ -9,10 +9,7 @@ page is issued after the product with K of the next (section 3.2).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.attention_triton import programs_at_once
+from distattn.kernels.launching import Recording
 from distattn.kernels.slots_triton import merge_slots
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import (
@@ -34,7 +32,7 @@ from distattn.kernels.walk_hopper import (
     masked_by,
     packed,
     product_layout,
-    rows_descriptor,
+    rows_of,
     unpacked,
 )
 from distattn.kernels.walk_triton import (
@@ -48,9 +46,6 @@ from distattn.kernels.walk_triton import (
     slot_of,
 )
 from distattn.kernels.work import query_units, query_work
-
-if TYPE_CHECKING:
-    from distattn.kernels.attention import Pages
 
 STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
 QUERY_BUFFERS = gl.constexpr(2)  # query tiles
@@ -393,37 +388,32 @@ def _forward(
     )  # fmt: skip
 
 
-def forward(
-    q: Tensor,
-    own: Pages,
-    guests: Pages,
-    table: TileTable,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    resume: bool,
-) -> None:
-    device, heads, v_dim = q.device, q.shape[2], own.v.shape[3]
+def forward(recording: Recording, table: TileTable, scale: float, resume: bool) -> None:
+    """As attention.attention_forward says, of the tensors that the recording is given: q, own, guests, out, lse."""
+    q, *pages, out, lse = recording.given
+    device, (tokens, heads), (kv_heads, v_dim) = q.device, q.shape[1:3], pages[1].shape[2:]
     programs = programs_at_once(device)
     work = query_work(table, device, programs)
     if work.most == 0:
         return
-    units, _, side_by_side = query_units(table.head_table, own.k.shape[2], 1, device)
-    slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
-    slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
+    units, _, side_by_side = query_units(table.head_table, kv_heads, 1, device)
+    slot_out = recording.temporary(work.slots, heads, table.block_q, v_dim)
+    slot_lse = recording.temporary(work.slots, heads, table.block_q)
     numbers = len(units) * work.most
     continued = out.dtype == torch.float32
-    guests = guests if guests.k.shape[1] else own  # a descriptor of nothing is not to be had
+    if not pages[2].shape[1]:
+        pages[2:] = pages[:2]  # a descriptor of nothing is not to be had
+    heads_apart = [x.strides[2] for x in (q, *pages)]
     visits = work.visits
     for b in range(q.shape[0]):
-        pages = [x[b] for x in (*own, *guests)]
-        _forward[(min(numbers, programs),)](
-            rows_descriptor(q[b], 64), *(rows_descriptor(x, 128) for x in pages),
-            out[b] if continued else rows_descriptor(out[b], 64), lse[b], slot_out, slot_lse,
+        recording.launch(
+            _forward, (min(numbers, programs),),
+            rows_of(q, b, 64), *(rows_of(x, b, 128) for x in pages),
+            out.at(b) if continued else rows_of(out, b, 64), lse.at(b), slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
-            visits.part_mask, visits.masks, q.shape[1], table.own_pages, table.tiles, work.most, numbers,
-            scale * LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
+            visits.part_mask, visits.masks, tokens, table.own_pages, table.tiles, work.most, numbers,
+            scale * LOG2_E.value, *heads_apart, *out.strides[1:3], *lse.strides[1:],
             SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
             CONTINUED=continued, RESUME=resume, num_warps=4,
         )  # fmt: skip
-        merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, 1, resume)
+        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, 1, resume)

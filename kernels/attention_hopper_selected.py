@@ -19,8 +19,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -37,13 +35,14 @@ from distattn.kernels.attention_hopper import (
     weights_of,
 )
 from distattn.kernels.attention_triton import programs_at_once
+from distattn.kernels.launching import Recording
 from distattn.kernels.slots_triton import merge_slots
 from distattn.kernels.walk_hopper import (
     GROUP_ROWS,
     TILE,
     packed,
     product_layout,
-    rows_descriptor,
+    rows_of,
     shared_layout,
     unpacked,
 )
@@ -51,7 +50,6 @@ from distattn.kernels.walk_triton import LOG2_E, LOWEST, item_of_round, page_len
 from distattn.kernels.work import query_units, query_work, waves_of
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Biases, Pages
     from distattn.kernels.selected import SelectedTable
 
 _PANEL = gl.constexpr(64)
@@ -436,42 +434,38 @@ def _forward(
     )  # fmt: skip
 
 
-def forward(
-    q: Tensor,
-    own: Pages,
-    guests: Pages,
-    table: SelectedTable,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    resume: bool,
-    bias: Biases | None,
-) -> None:
-    """As attention.attention_forward says; ``choose`` there says of what."""
-    device, heads, v_dim = q.device, q.shape[2], own.v.shape[3]
+def forward(recording: Recording, table: SelectedTable, scale: float, resume: bool, has_bias: bool) -> None:
+    """As attention.attention_forward says; ``choose`` there says of what.
+
+    The recording is given q, own, guests, out, lse and, with ``has_bias``, bias.
+    """
+    q, k, v, guest_k, guest_v, out, lse, *bias = recording.given
+    device, (tokens, heads), (kv_heads, v_dim) = q.device, q.shape[1:3], v.shape[2:]
     programs = programs_at_once(device)
     work = query_work(table, device, programs)
     if work.most == 0:
         return
-    units, size, side_by_side = query_units(table.head_table, own.k.shape[2], HEADS, device)
+    units, size, side_by_side = query_units(table.head_table, kv_heads, HEADS, device)
     assert size == HEADS and table.block_q == 64
-    slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
-    slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
+    slot_out = recording.temporary(work.slots, heads, table.block_q, v_dim)
+    slot_lse = recording.temporary(work.slots, heads, table.block_q)
     numbers = len(units) * work.most
-    guests = guests if guests.k.shape[1] else own  # a descriptor of nothing is not to be had
-    biases = (lse, lse) if bias is None else bias  # any pointer will do where none is read
+    # A descriptor of nothing is not to be had.
+    there = [k, v, guest_k, guest_v] if guest_k.shape[1] else [k, v, k, v]
+    biases = bias or (lse, lse)  # any pointer will do where none is read
+    dim = q.shape[3]
     visits, rows = work.visits, table.block_k
     pages = visits.part_other if table.has_masks else visits.full_first
     for b in range(q.shape[0]):
-        there = [x[b] for x in (*own, *guests)]
-        _forward[(waves_of(numbers, programs),)](
-            rows_descriptor(q[b], 64), *(rows_descriptor(x, rows, 64) for x in there), *(x[b] for x in biases),
-            out[b], lse[b], slot_out, slot_lse, work.items, work.item_ptr, units, pages, visits.part_mask,
-            visits.masks, q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, numbers,
-            scale * LOG2_E.value, q.stride(2), *(x.stride(1) for x in there),
-            *(n for x in biases for n in x.stride()[1:3]), *out.stride()[1:3], *lse.stride()[1:],
-            K_LAYOUT=shared_layout((128, q.shape[3]), q.dtype), V_LAYOUT=shared_layout((128, v_dim), q.dtype),
+        recording.launch(
+            _forward, (waves_of(numbers, programs),),
+            rows_of(q, b, 64), *(rows_of(x, b, rows, 64) for x in there), *(x.at(b) for x in biases),
+            out.at(b), lse.at(b), slot_out, slot_lse, work.items, work.item_ptr, units, pages, visits.part_mask,
+            visits.masks, tokens, k.shape[1], table.own_pages, table.tiles, work.most, numbers,
+            scale * LOG2_E.value, *(x.strides[2] for x in (q, *there)),
+            *(n for x in (*biases, out, lse) for n in x.strides[1:3]),
+            K_LAYOUT=shared_layout((128, dim), q.dtype), V_LAYOUT=shared_layout((128, v_dim), q.dtype),
             V_DIM=v_dim, SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads,
-            MASKS=table.has_masks, BIAS=bias is not None, RESUME=resume, num_warps=4,
+            MASKS=table.has_masks, BIAS=has_bias, RESUME=resume, num_warps=4,
         )  # fmt: skip
-        merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
+        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, size, resume)

@@ -5,6 +5,7 @@ A kernel needs no more than this. It never learns what a pattern, a plan or a ra
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distattn import spans as sp
+from distattn.kernels.launching import Recording
 from distattn.kernels.masks import Masks
 from distattn.spans import Ints, Spans
 
@@ -61,6 +63,11 @@ class Tiling:
     @cached_property
     def cache(self) -> dict[object, Any]:
         """What kernels have made of the table, such as its copy on a device."""
+        return {}
+
+    @cached_property
+    def recordings(self) -> dict[Hashable, Recording]:
+        """Launches of kernels over this table, by all else that they were made from."""
         return {}
 
 

@@ -90,6 +90,23 @@ def test_chunks_travel(rows: int, chunk: int, dim: int, kernels: types.ModuleTyp
     assert kernels.take_chunks(x, page[:0], head[:0], chunk).shape == (0, 2, chunk, dim)
 
 
+def test_joined_places_are_packed_one_after_the_other(kernels: types.ModuleType) -> None:
+    parts = [
+        Places(np.array(runs, np.int64).reshape(-1, 2), (2, 0)) for runs in ([[0, 2], [5, 6]], [], [[30, 50]], [[7, 8]])
+    ]
+    tensors = [random(2, 50, 3, 20), random(2, 3, 50, 12, seed=1).transpose(1, 2)]
+    joined = Places.joined(parts)
+    flat = kernels.pack_rows(tensors, joined)
+    assert torch.equal(flat, torch.cat([in_torch.pack_rows(tensors, part) for part in parts]))
+    targets = [torch.zeros_like(x) for x in tensors]
+    kernels.unpack_rows(targets, joined, flat)
+    for target, x in zip(targets, tensors, strict=True):
+        expected = torch.zeros_like(x)
+        where = slice(None), joined.index[:, None], [2, 0]
+        expected[where] = x[where]
+        assert torch.equal(target, expected)
+
+
 def test_partial_results_merge(kernels: types.ModuleType) -> None:
     scores, values = random(2, 9, 3, 30) * 20, random(2, 9, 3, 30, 12, seed=1)
     scores[0, 1] = -torch.inf
