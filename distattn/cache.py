@@ -1,0 +1,170 @@
+"""A paged cache of keys and values that is sharded over ranks, and attention of new tokens to it.
+
+Every rank holds some blocks of pages (pages.py), the same ones in all layers. In a step (decoding.py) some sequences
+get new tokens: one each, or slices of prompts. Each rank computes some of these rows; its queries go to the ranks that
+hold pages which they visit, its keys and values to where they stay, all in one exchange, and partial results come back
+in a second one, and are merged by their log-sum-exp. A query attends to what its spec allows of the positions up to its
+own: in a cache every pattern is causal.
+
+    cache = Cache(specs, tokens=100_000, heads=32, kv_heads=8, head_dim=128, mesh=mesh)
+    sequence = cache.add()
+    step = cache.begin({sequence: 4096})
+    out = step.attend(layer, q, k, v)       # for each layer, with the rows of step.positions
+    step.end()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from distattn import operators
+from distattn import spans as sp
+from distattn.decoding import Step, causal
+from distattn.errors import ConfigError
+from distattn.pages import PageTables
+from distattn.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Cache:
+    """Keys and values of a decoder's layers, for any number of sequences. All ranks make the same calls.
+
+    Args:
+        specs: one a layer. Pages that none of them visits again are let go as soon as a step ends.
+        tokens: room for so many, on all ranks together, in whole blocks.
+        heads, kv_heads, head_dim, value_dim: as in :func:`make_plan`.
+        max_len: of a sequence; default: ``tokens``.
+        block_k: rows of a page.
+        mesh: a one-dimensional DeviceMesh, the ranks that share the cache; None: one rank.
+
+    Attributes:
+        tables: who has which pages.
+        k, v: by layer, [slots, kv_heads, dim], this rank's.
+        released: by sequence, how many positions were let go since no query visits them again.
+
+    Raises:
+        ConfigError: an argument, or a spec, that cannot work.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        *,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        max_len: int | None = None,
+        block_k: int = 128,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        value_dim, max_len = head_dim if value_dim is None else value_dim, tokens if max_len is None else max_len
+        sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        for name, value in {**sizes, "max_len": max_len, "block_k": block_k}.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1")
+        if heads % kv_heads:
+            raise ConfigError(f"heads is {heads}, which kv_heads {kv_heads} does not divide")
+        for spec in specs:
+            if not spec.is_static or spec.correction is not None:
+                raise ConfigError(f"specs has {spec!r}; expected patterns of tokens alone")
+        self.specs, self.max_len, self.block_k, self.dtype = tuple(specs), max_len, block_k, dtype
+        self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim
+        self.rank, self.world_size, self.group_name = 0, 1, None
+        if mesh is not None and mesh.size() > 1:
+            self.rank, self.world_size = mesh.get_local_rank(), mesh.size()
+            self.group_name = mesh.get_group().group_name
+            said = f"a cache of {len(specs)} layers, {sizes}, {max_len}, {block_k}, {dtype}, {dict.fromkeys(specs)}"
+            operators.agree_on(self.group_name, said)
+        self.device = torch.device(device)
+        self.tables = PageTables(self.world_size, -(-tokens // (block_k * self.world_size)), block_k)
+        slots = self.tables.blocks * block_k
+        self.k, self.v = (
+            [torch.zeros(slots, kv_heads, dim, dtype=dtype, device=device) for _ in specs]
+            for dim in (head_dim, value_dim)
+        )
+        self.released: dict[int, int] = {}
+
+    def add(self) -> int:
+        """A new, empty sequence."""
+        return self._known(self.tables.add())
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that begins with all tokens of another; what they share is there once."""
+        found = self._known(self.tables.fork(sequence))
+        self.released[found] = self.released[sequence]
+        return found
+
+    def free(self, sequence: int) -> None:
+        """Ends a sequence."""
+        self.tables.free(sequence)
+        del self.released[sequence]
+
+    def begin(self, counts: Mapping[int, int]) -> Step:
+        """Makes room for new tokens, and plans what they visit.
+
+        Args:
+            counts: how many, by sequence; at least 1 each.
+
+        Raises:
+            ConfigError: there is no such sequence, no token, or a sequence would be longer than ``max_len``.
+            CacheFull: there is no room for all of them; nothing was written.
+        """
+        if not counts or min(counts.values()) < 1:
+            raise ConfigError(f"counts is {dict(counts)}; expected at least one token of each of some sequences")
+        start = np.asarray([self.tables.length(sequence) for sequence in counts])
+        for sequence, first in zip(counts, start.tolist(), strict=True):
+            if first + counts[sequence] > self.max_len:
+                found = f"sequence {sequence} would have {first + counts[sequence]:,} tokens"
+                raise ConfigError(f"{found}; expected at most max_len, {self.max_len:,}")
+        pages = {sequence: len(self.tables.pages(sequence)[0]) for sequence in counts}
+        written = self.tables.append(counts)
+        for rank, old, new in written.copies:
+            if rank == self.rank:
+                self._copy_block(old, new)
+        for sequence, before in pages.items():
+            self._clear_last(sequence, before)
+        return Step(self, counts, start, (written.owner, written.slot))
+
+    def release(self, sequence: int) -> None:
+        """Lets go the pages that no query visits any more, whatever comes."""
+        length = self.tables.length(sequence)
+        whole = length // self.block_k
+        if length >= self.max_len or not whole:
+            return
+        needed = sp.empty(1)
+        for spec in dict.fromkeys(self.specs):
+            for pattern in set(spec.tokens.by_head(self.heads)):
+                support, _ = causal(pattern).spans([length], [self.max_len], self.max_len, self.block_k)
+                needed = sp.union(needed, support)
+        owner, _ = self.tables.pages(sequence)
+        dead = owner[:whole] >= 0
+        for first, stop in zip(needed.start.tolist(), needed.stop.tolist(), strict=True):
+            dead[first // self.block_k : -(-stop // self.block_k)] = False
+        self.tables.evict(sequence, np.flatnonzero(dead))
+        self.released[sequence] += int(dead.sum()) * self.block_k
+
+    def _known(self, sequence: int) -> int:
+        self.released[sequence] = 0
+        return sequence
+
+    def _copy_block(self, old: int, new: int) -> None:
+        for pool in (*self.k, *self.v):
+            blocks = pool.unflatten(0, (-1, self.block_k))
+            blocks[new] = blocks[old]
+
+    def _clear_last(self, sequence: int, before: int) -> None:
+        """Of a new page that is not full, values that are there from a sequence before: 0 times NaN is no 0."""
+        owner, block = self.tables.pages(sequence)
+        if len(owner) > before and self.tables.length(sequence) % self.block_k and owner[-1] == self.rank:
+            for pool in self.v:
+                pool.unflatten(0, (-1, self.block_k))[int(block[-1])] = 0.0
