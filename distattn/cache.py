@@ -15,7 +15,7 @@ own: in a cache every pattern is causal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +23,9 @@ import torch
 
 from distattn import operators
 from distattn import spans as sp
+from distattn.cached_levels import CachedLevels, LevelPlan, Sizes
 from distattn.decoding import Step, causal
-from distattn.errors import ConfigError
+from distattn.errors import CacheFull, ConfigError
 from distattn.pages import PageTables
 from distattn.spec import AttentionSpec
 
@@ -40,6 +41,7 @@ class Cache:
         tokens: room for so many, on all ranks together, in whole blocks.
         heads, kv_heads, head_dim, value_dim: as in :func:`make_plan`.
         max_len: of a sequence; default: ``tokens``.
+        sequences: how many there may be at a time, where a spec has summaries or chooses chunks: each has buffers then.
         block_k: rows of a page.
         mesh: a one-dimensional DeviceMesh, the ranks that share the cache; None: one rank.
 
@@ -62,6 +64,7 @@ class Cache:
         head_dim: int,
         value_dim: int | None = None,
         max_len: int | None = None,
+        sequences: int = 1,
         block_k: int = 128,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -69,14 +72,14 @@ class Cache:
     ) -> None:
         value_dim, max_len = head_dim if value_dim is None else value_dim, tokens if max_len is None else max_len
         sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
-        for name, value in {**sizes, "max_len": max_len, "block_k": block_k}.items():
+        for name, value in {**sizes, "max_len": max_len, "sequences": sequences, "block_k": block_k}.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
         if heads % kv_heads:
             raise ConfigError(f"heads is {heads}, which kv_heads {kv_heads} does not divide")
         for spec in specs:
-            if not spec.is_static or spec.correction is not None:
-                raise ConfigError(f"specs has {spec!r}; expected patterns of tokens alone")
+            if spec.correction is not None:
+                raise ConfigError(f"specs has {spec!r}; expected none with a correction, which depends on what follows")
         self.specs, self.max_len, self.block_k, self.dtype = tuple(specs), max_len, block_k, dtype
         self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim
         self.rank, self.world_size, self.group_name = 0, 1, None
@@ -93,21 +96,28 @@ class Cache:
             for dim in (head_dim, value_dim)
         )
         self.released: dict[int, int] = {}
+        self.sequences, self.slot_of = sequences, dict[int, int]()
+        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
+        self.level_plans = {spec: LevelPlan(spec, wide) for spec in dict.fromkeys(specs) if not spec.is_static}
+        plans = [self.level_plans.get(spec) for spec in specs]
+        self.levels = tuple(None if plan is None else CachedLevels(plan) for plan in plans)
 
     def add(self) -> int:
-        """A new, empty sequence."""
-        return self._known(self.tables.add())
+        """A new, empty sequence. Raises CacheFull if there may be no more."""
+        return self._known(self.tables.add, None)
 
     def fork(self, sequence: int) -> int:
-        """A new sequence that begins with all tokens of another; what they share is there once."""
-        found = self._known(self.tables.fork(sequence))
-        self.released[found] = self.released[sequence]
-        return found
+        """A new sequence that begins with all tokens of another; what they share is there once, but for summaries.
+
+        Raises CacheFull if there may be no more.
+        """
+        return self._known(lambda: self.tables.fork(sequence), sequence)
 
     def free(self, sequence: int) -> None:
         """Ends a sequence."""
         self.tables.free(sequence)
         del self.released[sequence]
+        self.slot_of.pop(sequence, None)
 
     def begin(self, counts: Mapping[int, int]) -> Step:
         """Makes room for new tokens, and plans what they visit.
@@ -143,6 +153,8 @@ class Cache:
             return
         needed = sp.empty(1)
         for spec in dict.fromkeys(self.specs):
+            if spec.select is not None:
+                return  # any chunk may be chosen
             for pattern in set(spec.tokens.by_head(self.heads)):
                 support, _ = causal(pattern).spans([length], [self.max_len], self.max_len, self.block_k)
                 needed = sp.union(needed, support)
@@ -153,9 +165,21 @@ class Cache:
         self.tables.evict(sequence, np.flatnonzero(dead))
         self.released[sequence] += int(dead.sum()) * self.block_k
 
-    def _known(self, sequence: int) -> int:
-        self.released[sequence] = 0
-        return sequence
+    def _known(self, make: Callable[[], int], old: int | None) -> int:
+        """A new sequence, with a slot for its summaries; like ``old``."""
+        free = sorted(set(range(self.sequences)) - set(self.slot_of.values()))
+        if self.level_plans and not free:
+            raise CacheFull(f"there are {self.sequences} sequences already; expected one to be freed before another")
+        found = make()
+        self.released[found] = 0 if old is None else self.released[old]
+        if self.level_plans:
+            self.slot_of[found] = free[0]
+            for levels in self.levels:
+                if levels is not None and old is not None:
+                    levels.copy(self.slot_of[old], free[0])
+                elif levels is not None:
+                    levels.clear(free[0])
+        return found
 
     def _copy_block(self, old: int, new: int) -> None:
         for pool in (*self.k, *self.v):

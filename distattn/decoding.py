@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +18,9 @@ from distattn.axis import Axis
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange
 from distattn.extras import AttentionExtras
-from distattn.kernels.attention import Pages, accumulator_dtype, attention_forward
+from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
 from distattn.kernels.decode import decode_attention
+from distattn.kernels.rows import gate, merge
 from distattn.kernels.selected import AnyTable
 from distattn.kernels.table import TileTable
 from distattn.paged import Tiles, place, table_of, wanted
@@ -39,11 +40,17 @@ _BLOCK_Q = 128
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """What layers of one spec share in a step."""
+    """What layers of one spec share in a step.
+
+    table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
+    query tiles that attend to tokens alone; None if there is none.
+    """
 
     tiles: Tiles
     routes: Routes
     table: TileTable
+    summaries: TileTable | None
+    blind: Tensor | None
 
 
 class Step:
@@ -70,6 +77,7 @@ class Step:
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
         self._groups: dict[AttentionSpec, _Group] = {}
+        self._small: dict[int, tuple[Tensor, Tensor]] = {}
 
     def home(self, row: int) -> int:
         """The rank that computes a row."""
@@ -94,7 +102,7 @@ class Step:
         All ranks call it, once for each layer.
 
         Args:
-            q: [1, rows of this rank, heads, head_dim], in the cache's dtype. k, v: [1, rows of this rank, kv_heads, dim].
+            q: [1, rows, heads, head_dim] of this rank's rows, in the cache's dtype. k, v: [1, rows, kv_heads, dim].
             scale: factor of the scores; default ``head_dim ** -0.5``.
             extras: what the spec needs beside these, as in :func:`attend`.
 
@@ -112,12 +120,61 @@ class Step:
         if spec not in self._groups:
             self._groups[spec] = self._group(spec)
         group = self._groups[spec]
-        asks, (slots, kept_k, kept_v), _ = group.routes.go(q[0], k[0], v[0], None)
+        extras = extras or AttentionExtras()
+        plain = k if extras.pool_keys is None else extras.pool_keys
+        asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
         pool_k[slots], pool_v[slots] = kept_k, kept_v
         parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
-        (out, _), *_ = group.routes.come_back(parts, q.shape[1])
-        return out.to(q.dtype).unsqueeze(0)
+        if everyone is not None:
+            parts += self._beside_tokens(layer, group, asks, everyone, extras, scale)
+        if spec.merge == "softmax":
+            parts = [reduce(lambda a, b: merge(*a, *b), parts)]
+        merged = group.routes.come_back(parts, q.shape[1])
+        if spec.merge == "softmax":
+            return merged[0][0].to(q.dtype).unsqueeze(0)
+        assert extras.gates is not None
+        return gate([out.to(q.dtype).unsqueeze(0) for out, _ in merged], extras.gates)
+
+    def _beside_tokens(
+        self,
+        layer: int,
+        group: _Group,
+        q: Tensor,
+        everyone: tuple[Tensor, ...],
+        extras: AttentionExtras,
+        scale: float,
+    ) -> list[Part]:
+        """What this rank's pages of summaries, and its pages of chosen chunks, add.
+
+        everyone: queries, and what is pooled, of all new rows.
+        """
+        cache, spec, levels = self.cache, self.cache.specs[layer], self.cache.levels[layer]
+        assert levels is not None
+        chosen: list[Tensor] = []
+        for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
+            slot, start = int(self._slots[number]), int(self.start[number])
+            levels.pool(slot, start, rows[1], rows[2], extras)
+            if spec.select is not None:
+                first = group.tiles.first[group.tiles.sequence == number]
+                chosen.append(levels.choose(slot, start, first, rows[0], extras, scale))
+        parts: list[Part] = []
+        choice = torch.cat(chosen, dim=1) if chosen else None
+        if spec.summaries:
+            table: AnyTable | None = group.summaries
+            if table is None:
+                assert choice is not None
+                table = levels.summary_table(choice, group.tiles, self._slots, cache.rank, cache.world_size)
+            parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
+        if choice is not None:
+            sub_pages, first_of = self._sub_pages(levels.plan.sub_page)
+            own = cache.k[layer].shape[0] // levels.plan.sub_page
+            table = levels.chosen_table(choice, group.tiles, sub_pages, first_of, own)
+            parts.append(attend_tiles(q, cache.k[layer], cache.v[layer], table, scale))
+        if group.blind is not None:
+            for out, lse in parts:
+                out[group.blind], lse[group.blind] = 0.0, -torch.inf
+        return parts
 
     def end(self) -> None:
         """After the last layer: lets go what no later query visits."""
@@ -147,9 +204,27 @@ class Step:
         owner, block = (np.concatenate(x).astype(np.int64) for x in zip(*found, strict=True))
         return first, owner, block
 
+    @cached_property
+    def _slots(self) -> Ints:
+        """int64 [sequences]: which buffers of summaries are theirs."""
+        return np.asarray([self.cache.slot_of[sequence] for sequence in self.counts])
+
+    def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
+        if rows not in self._small:
+            first, owner, block = self._pages
+            pieces = self.cache.block_k // rows
+            at = np.where(owner == self.cache.rank, block, -1)[:, None] * pieces + np.arange(pieces)
+            at[owner != self.cache.rank] = -1
+            arrays = at.ravel(), first * pieces
+            self._small[rows] = tuple(torch.from_numpy(x).to(self.cache.device) for x in arrays)  # type: ignore[assignment]
+        return self._small[rows]
+
     def _group(self, spec: AttentionSpec) -> _Group:
-        cache = self.cache
-        tiles = Tiles.of(self.start, self.count, 1 if self.count.max() <= FEW else _BLOCK_Q)
+        cache, plan = self.cache, self.cache.level_plans.get(spec)
+        few = bool(self.count.max() <= FEW)
+        rows, unit = (1 if few else _BLOCK_Q, 1) if plan is None else plan.tile(few, _BLOCK_Q)
+        tiles = Tiles.of(self.start, self.count, rows, unit)
         first, owner, block = self._pages
 
         def where(tile: Ints, page: Ints) -> tuple[Ints, Ints]:
@@ -165,11 +240,19 @@ class Step:
         axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, cache.block_k)
         placed = [place(visit(pattern, *axes), where) for pattern in distinct]
         head_table = tuple(distinct.index(pattern) for pattern in patterns)
-        asked = wanted(placed, len(tiles), cache.world_size)
-        routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, False, cache.device)
-        blocks = tiles.block, cache.block_k
-        table = table_of(placed, cache.rank, asked[:, cache.rank], head_table, blocks, cache.tables.blocks)
-        return _Group(tiles, routes, table)
+        asked = wanted(placed, len(tiles), cache.world_size) | (plan is not None)
+        routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, plan is not None, cache.device)
+        blocks, kept = (tiles.block, cache.block_k), asked[:, cache.rank]
+        table = table_of(placed, cache.rank, kept, head_table, blocks, cache.tables.blocks)
+        if plan is None:
+            return _Group(tiles, routes, table, None, None)
+        summaries = None
+        if spec.summaries and (spec.select is None or spec.merge == "gate"):
+            visited = plan.visited(tiles, self._slots, cache.world_size)
+            pages = cache.sequences * plan.rows // cache.block_k
+            summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
+        blind = torch.from_numpy(plan.blind(tiles)).to(cache.device)
+        return _Group(tiles, routes, table, summaries, blind if bool(blind.any()) else None)
 
 
 def causal(pattern: Pattern) -> Pattern:
@@ -188,5 +271,6 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, table: AnyTable, scale: float,
     out = q.new_zeros((1, q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
     lse = q.new_full(out.shape[:3], -torch.inf, dtype=dtype)
     own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
-    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale)
+    biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
+    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale, bias=biases)
     return out[0], lse[0]

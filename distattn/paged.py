@@ -71,6 +71,17 @@ def place(visits: Visits, where: Where) -> Placed:
     )
 
 
+def joined(parts: Sequence[Placed]) -> Placed:
+    """Visits of different pages as one."""
+    if len(parts) == 1:
+        return parts[0]
+    before = np.cumsum([0, *(len(part.masks) for part in parts)])
+    masks = [part.partial[3] + n for part, n in zip(parts, before, strict=False)]
+    full = tuple(np.concatenate(x) for x in zip(*(part.full for part in parts), strict=True))
+    partial = tuple(np.concatenate(x) for x in zip(*(part.partial[:3] for part in parts), strict=True))
+    return Placed(full, (*partial, np.concatenate(masks)), Masks.joined([part.masks for part in parts]))  # type: ignore[arg-type]
+
+
 def wanted(placed: Sequence[Placed], tiles: int, world_size: int) -> Bools:
     """bool [tiles, ranks]: which ranks have a page that a tile visits."""
     found = np.zeros((tiles, world_size), np.bool_)

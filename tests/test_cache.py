@@ -11,9 +11,14 @@ from torch import Tensor
 from distattn import presets, reference
 from distattn.cache import Cache
 from distattn.errors import CacheFull, ConfigError
+from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
+from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
+from distattn.operators import sent
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
+from distattn.rotary import rotary_table, rotate
 from distattn.spec import AttentionSpec
+from distattn.watch import watch_of
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 N = 300
@@ -29,6 +34,18 @@ STATIC = {
     "streaming_llm": presets.streaming_llm(4, 60),
     "spattention": presets.spattention(HEADS, 200),
 }
+_LEVELS = {"chunks": (8, 32), "reach": (2,)}
+CHOOSING = {
+    "combiner": presets.hierarchical(32, **_LEVELS, global_keys=(0, 1, 40)),
+    "global queries": presets.hierarchical(32, **_LEVELS, global_tokens=(0, 100)),
+    "by tile": presets.hierarchical(32, **_LEVELS, top_k=3, per="tile", global_keys=(0, 1, 40)),
+    "by token": presets.hierarchical(32, (16, 64), (2,), top_k=3, global_tokens=(0, 100)),
+    "by mass": presets.hierarchical(32, (16, 64), (2,), top_k=3, per="tile", score="mass"),
+    "attention pool, a choice a head": presets.hierarchical(32, **_LEVELS, top_k=3, heads="q", pool="attention"),
+    "moba": presets.moba(16, 4),
+    "moba, long chunks": presets.moba(64, 3),
+    "nsa": presets.nsa(16, 8, 32, 4, 40),
+}
 
 
 def rows_of(seed: int, length: int = N) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,14 +53,41 @@ def rows_of(seed: int, length: int = N) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(1, length, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))  # type: ignore[return-value]
 
 
+def extras_of(spec: AttentionSpec) -> AttentionExtras:
+    """Learned parameters, and a rotation; of all N rows."""
+    generator = torch.Generator().manual_seed(9)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / 4
+
+    def mlp(members: int) -> Mlp:
+        return Mlp(draw(members, DIM), draw(8, members * DIM), draw(8), draw(DIM, 8))
+
+    pools = []
+    for level in spec.summaries:
+        members = level.chunk if level is spec.summaries[0] else level.chunk // spec.summaries[0].chunk
+        makes = {"mean": lambda: None, "attention": lambda: AttentionPool(draw(KV_HEADS, DIM))}
+        makes["mlp"] = lambda members=members: MlpPool(mlp(members), mlp(members))
+        pools.append(makes[level.pool]())
+    gates = draw(1, N, HEADS, 3) if spec.merge == "gate" else None
+    plain = None if spec.is_static else draw(1, N, KV_HEADS, DIM)
+    return AttentionExtras(gates, tuple(pools), None, plain, None if spec.is_static else turn)
+
+
+def turn(keys: Tensor, positions: Tensor) -> Tensor:
+    return rotate(keys, *rotary_table(positions.unsqueeze(0), DIM, 1000.0, torch.float64)).to(keys.dtype)
+
+
 def expected(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if not spec.is_static:
+        return hierarchical(q, k, v, spec, extras_of(spec)).out
     pattern = spec.tokens if spec.causal else Causal() & spec.tokens
     return reference.attention(q, k, v, pattern)[0]
 
 
 @dataclass
 class Text:
-    """A sequence whose rows are known beforehand. out: what was attended so far, of rows that some rank computed."""
+    """A sequence whose rows are known beforehand. done: how many of them were read."""
 
     sequence: int
     q: Tensor
@@ -66,7 +110,12 @@ def run(cache: Cache, texts: list[Text], counts: list[int], out: dict[int, Tenso
             else getattr(taken[0][0], name)[:, :0]
             for name in "qkv"
         ]
-        found = step.attend(layer, *mine)
+        extras = extras_of(cache.specs[layer])
+        here = torch.tensor([at for _, at in rows], dtype=torch.int64)
+        extras = extras._replace(
+            **{n: x[:, here] for n in ("gates", "pool_keys") if (x := getattr(extras, n)) is not None}
+        )
+        found = step.attend(layer, *mine, extras=extras)
         if layer == 0:
             for i, (text, at) in enumerate(rows):
                 out[text.sequence][:, at] = found[:, i]
@@ -88,13 +137,13 @@ def check(context: Context, spec: AttentionSpec, slices: list[list[int]], block_
 def cache_of(context: Context | None, specs: list[AttentionSpec], block_k: int = 32, tokens: int = 1200) -> Cache:
     mesh = context.mesh if context else None
     sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
-    return Cache(specs, tokens=tokens, max_len=N + 20, block_k=block_k, mesh=mesh, **sizes)
+    return Cache(specs, tokens=tokens, max_len=N + 20, sequences=3, block_k=block_k, mesh=mesh, **sizes)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("world_size", [1, 3, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 4))])
+@pytest.mark.parametrize("name", [*STATIC, *CHOOSING])
 def test_any_slices_give_the_rows_of_the_whole(name: str, world_size: int, ranks: RankPool) -> None:
-    spec = STATIC[name]
+    spec = (STATIC | CHOOSING)[name]
     slices = [[150, 130, 1, 1, 18], [10, 1, 1, 200, 17, 40], [N]]
     parts = ranks(world_size, check, spec, slices)
     for seed, count in enumerate(map(sum, slices)):
@@ -122,14 +171,15 @@ def share_a_prefix(context: Context, spec: AttentionSpec) -> list[np.ndarray]:
     return [out[text.sequence].numpy() for text in texts]
 
 
-@pytest.mark.parametrize("name", ["dense", "streaming_llm"])
+@pytest.mark.parametrize("name", ["dense", "streaming_llm", "by tile", "moba"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_forks_share_what_they_begin_with(name: str, world_size: int, ranks: RankPool) -> None:
-    parts = ranks(world_size, share_a_prefix, STATIC[name])
+    spec = (STATIC | CHOOSING)[name]
+    parts = ranks(world_size, share_a_prefix, spec)
     for seed, count in enumerate((152, 184, 232)):
         whole = [torch.cat((x[:, :110], y[:, 110:]), 1) for x, y in zip(rows_of(0), rows_of(seed), strict=True)]
         found = torch.from_numpy(np.sum([part[seed] for part in parts], axis=0))[:, :count]
-        assert reference.max_error(found, expected(STATIC[name], *whole)[:, :count]) < 1e-5
+        assert reference.max_error(found, expected(spec, *whole)[:, :count]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -153,6 +203,29 @@ def test_what_no_query_visits_again_is_let_go(specs: list[AttentionSpec], held: 
     assert set(np.flatnonzero(owner >= 0).tolist()) == held
     assert cache.released[text.sequence] == 32 * (10 - len(held))
     assert reference.max_error(out[text.sequence][:, :289], expected(specs[0], *rows_of(0))[:, :289]) < 1e-5
+
+
+def exchanges_of_a_token(context: Context, spec: AttentionSpec) -> tuple[int, int, list[int]]:
+    """Exchanges of a layer as one token is added, bytes that this rank sends in it, and the ranks that it visits."""
+    cache = cache_of(context, [spec])
+    text = Text(cache.add(), *rows_of(0))
+    out = {text.sequence: torch.zeros(1, N, HEADS, DIM)}
+    run(cache, [text], [200], out)
+    assert cache.group_name is not None
+    watch = watch_of(cache.group_name)
+    calls, before = watch.calls, sent.total
+    run(cache, [text], [1], out)
+    owner, _ = cache.tables.pages(text.sequence)
+    return watch.calls - calls, sent.total - before, sorted({*owner[-2:].tolist()})
+
+
+def test_a_token_takes_two_exchanges_with_the_ranks_that_it_visits(ranks: RankPool) -> None:
+    found = ranks(4, exchanges_of_a_token, presets.mistral(20))
+    visited = found[0][2]
+    assert visited == [1, 2] and [calls for calls, _, _ in found] == [2] * 4
+    key, query, result = 2 * KV_HEADS * DIM, HEADS * DIM, HEADS * (DIM + 1)
+    # Rank 0 computes the row; rank 2 gets its key and value, and both are asked and answer.
+    assert [nbytes for _, nbytes, _ in found] == [4 * (2 * query + key), 4 * result, 4 * result, 0]
 
 
 def test_a_full_cache_refuses_before_anything_is_written() -> None:
@@ -191,5 +264,18 @@ def test_bad_arguments_are_refused() -> None:
     q, k, v = (x[:, :2] for x in rows_of(0))
     with pytest.raises(ConfigError, match=r"k is torch.float64 .* expected torch.float32 \(1, 2, 2, 16\)"):
         step.attend(0, q, k.double(), v)
-    with pytest.raises(ConfigError, match="expected patterns of tokens alone"):
-        cache_of(None, [presets.with_delta(presets.dense())])
+    for spec, why in (
+        (presets.with_delta(presets.dense()), "expected none with a correction"),
+        (presets.hierarchical(32, (8,), (), causal=False), "expected a causal one"),
+        (presets.hierarchical(32, (8,), (), 3, "tile", lookahead=True), "select.lookahead is True"),
+        (presets.nsa(block=512, stride=8), "max_len is 320: seq_len is 320; expected at least 512"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            cache_of(None, [spec])
+    cache = cache_of(None, [CHOOSING["moba"]])
+    for _ in range(3):
+        cache.add()
+    with pytest.raises(CacheFull, match="there are 3 sequences already"):
+        cache.fork(0)
+    cache.free(1)
+    assert cache.fork(0) == 3
