@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def plan_levels(specs: Sequence[AttentionSpec], sizes: Sizes) -> dict[AttentionSpec, LevelPlan]:
+    """Those of the specs that are more than a pattern. Raises ConfigError for one that no cache can serve."""
+    for spec in specs:
+        if spec.correction is not None:
+            raise ConfigError(f"specs has {spec!r}; expected none with a correction, which depends on what follows")
+    return {spec: LevelPlan(spec, sizes) for spec in dict.fromkeys(specs) if not spec.is_static}
+
+
 class Cache:
     """Keys and values of a decoder's layers, for any number of sequences. All ranks make the same calls.
 
@@ -48,7 +56,8 @@ class Cache:
     Attributes:
         tables: who has which pages.
         k, v: by layer, [slots, kv_heads, dim], this rank's.
-        released: by sequence, how many positions were let go since no query visits them again.
+        released: by sequence, how many positions were let go since no query visits them again. most_released: of any
+            sequence that there was.
 
     Raises:
         ConfigError: an argument, or a spec, that cannot work.
@@ -77,9 +86,6 @@ class Cache:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
         if heads % kv_heads:
             raise ConfigError(f"heads is {heads}, which kv_heads {kv_heads} does not divide")
-        for spec in specs:
-            if spec.correction is not None:
-                raise ConfigError(f"specs has {spec!r}; expected none with a correction, which depends on what follows")
         self.specs, self.max_len, self.block_k, self.dtype = tuple(specs), max_len, block_k, dtype
         self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim
         self.rank, self.world_size, self.group_name = 0, 1, None
@@ -96,9 +102,11 @@ class Cache:
             for dim in (head_dim, value_dim)
         )
         self.released: dict[int, int] = {}
+        self.most_released = 0
         self.sequences, self.slot_of = sequences, dict[int, int]()
-        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
-        self.level_plans = {spec: LevelPlan(spec, wide) for spec in dict.fromkeys(specs) if not spec.is_static}
+        self.level_plans = plan_levels(
+            specs, Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
+        )
         plans = [self.level_plans.get(spec) for spec in specs]
         self.levels = tuple(None if plan is None else CachedLevels(plan) for plan in plans)
 
@@ -164,6 +172,7 @@ class Cache:
             dead[first // self.block_k : -(-stop // self.block_k)] = False
         self.tables.evict(sequence, np.flatnonzero(dead))
         self.released[sequence] += int(dead.sum()) * self.block_k
+        self.most_released = max(self.most_released, self.released[sequence])
 
     def _known(self, make: Callable[[], int], old: int | None) -> int:
         """A new sequence, with a slot for its summaries; like ``old``."""

@@ -77,6 +77,7 @@ class Step:
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
         self._groups: dict[AttentionSpec, _Group] = {}
+        self._choices: dict[int, Tensor] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
 
     def home(self, row: int) -> int:
@@ -96,6 +97,7 @@ class Step:
         *,
         scale: float | None = None,
         extras: AttentionExtras | None = None,
+        choice_of: int | None = None,
     ) -> Tensor:
         """Attention of this rank's new rows to the cache and to each other; their keys and values are kept.
 
@@ -105,6 +107,7 @@ class Step:
             q: [1, rows, heads, head_dim] of this rank's rows, in the cache's dtype. k, v: [1, rows, kv_heads, dim].
             scale: factor of the scores; default ``head_dim ** -0.5``.
             extras: what the spec needs beside these, as in :func:`attend`.
+            choice_of: an earlier layer, of the same spec, whose chosen chunks this one takes over; None: its own.
 
         Returns:
             out [1, rows of this rank, heads, value_dim], in the dtype of q.
@@ -127,7 +130,7 @@ class Step:
         pool_k[slots], pool_v[slots] = kept_k, kept_v
         parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
         if everyone is not None:
-            parts += self._beside_tokens(layer, group, asks, everyone, extras, scale)
+            parts += self._beside_tokens(layer, group, asks, everyone, extras, scale, choice_of)
         if spec.merge == "softmax":
             parts = [reduce(lambda a, b: merge(*a, *b), parts)]
         merged = group.routes.come_back(parts, q.shape[1])
@@ -144,6 +147,7 @@ class Step:
         everyone: tuple[Tensor, ...],
         extras: AttentionExtras,
         scale: float,
+        choice_of: int | None,
     ) -> list[Part]:
         """What this rank's pages of summaries, and its pages of chosen chunks, add.
 
@@ -155,11 +159,13 @@ class Step:
         for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
             slot, start = int(self._slots[number]), int(self.start[number])
             levels.pool(slot, start, rows[1], rows[2], extras)
-            if spec.select is not None:
+            if spec.select is not None and choice_of is None:
                 first = group.tiles.first[group.tiles.sequence == number]
                 chosen.append(levels.choose(slot, start, first, rows[0], extras, scale))
         parts: list[Part] = []
-        choice = torch.cat(chosen, dim=1) if chosen else None
+        choice = self._choices.get(choice_of) if choice_of is not None else None
+        if chosen:
+            choice = self._choices[layer] = torch.cat(chosen, dim=1)
         if spec.summaries:
             table: AnyTable | None = group.summaries
             if table is None:
