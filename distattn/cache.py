@@ -16,21 +16,45 @@ own: in a cache every pattern is causal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from distattn import operators
-from distattn import spans as sp
 from distattn.cached_levels import CachedLevels, LevelPlan, Sizes
 from distattn.decoding import Step, causal
 from distattn.errors import CacheFull, ConfigError
 from distattn.pages import PageTables
+from distattn.spans import Bools
 from distattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class SinksAndWindow:
+    """Keeps the first tokens of a sequence and the latest ones, in whole pages, whatever the specs would visit.
+
+    As StreamingLLM does (Xiao et al., "Efficient streaming language models with attention sinks", 2023, section 3.2),
+    but keys keep the positions that they were rotated to. Summaries of what is let go stay.
+
+    Raises ConfigError if sinks < 0 or window < 1.
+    """
+
+    sinks: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.window < 1:
+            raise ConfigError(f"sinks is {self.sinks} and window {self.window}; expected at least 0 and at least 1")
+
+    def keeps(self, length: int, block: int) -> Bools:
+        """bool [whole pages]: which pages of a sequence of this length have a token that is kept."""
+        first = np.arange(length // block) * block
+        return (first < self.sinks) | (first + block > length - self.window)
 
 
 def plan_levels(specs: Sequence[AttentionSpec], sizes: Sizes) -> dict[AttentionSpec, LevelPlan]:
@@ -46,6 +70,7 @@ class Cache:
 
     Args:
         specs: one a layer. Pages that none of them visits again are let go as soon as a step ends.
+        keep: what else is let go then; None: nothing, and a full cache refuses.
         tokens: room for so many, on all ranks together, in whole blocks.
         heads, kv_heads, head_dim, value_dim: as in :func:`make_plan`.
         max_len: of a sequence; default: ``tokens``.
@@ -56,8 +81,8 @@ class Cache:
     Attributes:
         tables: who has which pages.
         k, v: by layer, [slots, kv_heads, dim], this rank's.
-        released: by sequence, how many positions were let go since no query visits them again. most_released: of any
-            sequence that there was.
+        released, lost: by sequence, how many positions were let go: since no query visits them again, and though one
+            would.
 
     Raises:
         ConfigError: an argument, or a spec, that cannot work.
@@ -75,6 +100,7 @@ class Cache:
         max_len: int | None = None,
         sequences: int = 1,
         block_k: int = 128,
+        keep: SinksAndWindow | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
@@ -92,8 +118,8 @@ class Cache:
         if mesh is not None and mesh.size() > 1:
             self.rank, self.world_size = mesh.get_local_rank(), mesh.size()
             self.group_name = mesh.get_group().group_name
-            said = f"a cache of {len(specs)} layers, {sizes}, {max_len}, {block_k}, {dtype}, {dict.fromkeys(specs)}"
-            operators.agree_on(self.group_name, said)
+            said = f"{sizes}, {max_len}, {sequences}, {block_k}, {dtype}, {keep}, {list(specs)}"
+            operators.agree_on(self.group_name, f"a cache of {said}")
         self.device = torch.device(device)
         self.tables = PageTables(self.world_size, -(-tokens // (block_k * self.world_size)), block_k)
         slots = self.tables.blocks * block_k
@@ -101,8 +127,9 @@ class Cache:
             [torch.zeros(slots, kv_heads, dim, dtype=dtype, device=device) for _ in specs]
             for dim in (head_dim, value_dim)
         )
+        self.keep = keep
         self.released: dict[int, int] = {}
-        self.most_released = 0
+        self.lost: dict[int, int] = {}
         self.sequences, self.slot_of = sequences, dict[int, int]()
         self.level_plans = plan_levels(
             specs, Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
@@ -124,7 +151,7 @@ class Cache:
     def free(self, sequence: int) -> None:
         """Ends a sequence."""
         self.tables.free(sequence)
-        del self.released[sequence]
+        del self.released[sequence], self.lost[sequence]
         self.slot_of.pop(sequence, None)
 
     def begin(self, counts: Mapping[int, int]) -> Step:
@@ -154,25 +181,27 @@ class Cache:
         return Step(self, counts, start, (written.owner, written.slot))
 
     def release(self, sequence: int) -> None:
-        """Lets go the pages that no query visits any more, whatever comes."""
-        length = self.tables.length(sequence)
-        whole = length // self.block_k
-        if length >= self.max_len or not whole:
-            return
-        needed = sp.empty(1)
-        for spec in dict.fromkeys(self.specs):
-            if spec.select is not None:
-                return  # any chunk may be chosen
-            for pattern in set(spec.tokens.by_head(self.heads)):
-                support, _ = causal(pattern).spans([length], [self.max_len], self.max_len, self.block_k)
-                needed = sp.union(needed, support)
-        owner, _ = self.tables.pages(sequence)
-        dead = owner[:whole] >= 0
-        for first, stop in zip(needed.start.tolist(), needed.stop.tolist(), strict=True):
-            dead[first // self.block_k : -(-stop // self.block_k)] = False
-        self.tables.evict(sequence, np.flatnonzero(dead))
+        """Lets go the pages that no query visits any more, whatever comes, and those that ``keep`` does not keep."""
+        length, (owner, _) = self.tables.length(sequence), self.tables.pages(sequence)
+        there = owner[: length // self.block_k] >= 0
+        dead = there & ~self._needed(length)
         self.released[sequence] += int(dead.sum()) * self.block_k
-        self.most_released = max(self.most_released, self.released[sequence])
+        if self.keep is not None:
+            more = there & ~dead & ~self.keep.keeps(length, self.block_k)
+            self.lost[sequence] += int(more.sum()) * self.block_k
+            dead |= more
+        self.tables.evict(sequence, np.flatnonzero(dead))
+
+    def _needed(self, length: int) -> Bools:
+        """bool [whole pages]: which of a sequence of this length some later query of some layer may visit."""
+        found = np.zeros(length // self.block_k, np.bool_)
+        if length >= self.max_len or any(spec.select is not None for spec in self.specs):
+            return ~found  # nothing comes, or any chunk may be chosen
+        for pattern in {pattern for spec in self.specs for pattern in spec.tokens.by_head(self.heads)}:
+            support, _ = causal(pattern).spans([length], [self.max_len], self.max_len, self.block_k)
+            for first, stop in zip(support.start.tolist(), support.stop.tolist(), strict=True):
+                found[first // self.block_k : -(-stop // self.block_k)] = True
+        return found
 
     def _known(self, make: Callable[[], int], old: int | None) -> int:
         """A new sequence, with a slot for its summaries; like ``old``."""
@@ -180,7 +209,8 @@ class Cache:
         if self.level_plans and not free:
             raise CacheFull(f"there are {self.sequences} sequences already; expected one to be freed before another")
         found = make()
-        self.released[found] = 0 if old is None else self.released[old]
+        for counted in (self.released, self.lost):
+            counted[found] = 0 if old is None else counted[old]
         if self.level_plans:
             self.slot_of[found] = free[0]
             for levels in self.levels:

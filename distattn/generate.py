@@ -56,11 +56,16 @@ class Sampling:
 
 
 class Generated(NamedTuple):
-    """text: what follows the prompt. tokens: how many were made, those of ``stop`` included. ended: stop or length."""
+    """text: what follows the prompt. tokens: how many were made, those of ``stop`` included. ended: stop or length.
+
+    released, lost: positions of the prompt and the text that the cache let go, see :class:`Cache`.
+    """
 
     text: bytes
     tokens: int
     ended: str
+    released: int
+    lost: int
 
 
 class _Answer:
@@ -83,9 +88,9 @@ class _Answer:
             self._told(self.number, new)
             self._said += len(new)
 
-    @property
-    def result(self) -> Generated:
-        return Generated(bytes(self.text[: self._said]), len(self.text), self.ended)
+    def result(self, cache: Cache) -> Generated:
+        counts = cache.released[self.sequence], cache.lost[self.sequence]
+        return Generated(bytes(self.text[: self._said]), len(self.text), self.ended, *counts)
 
 
 @torch.no_grad()
@@ -128,7 +133,7 @@ def generate(
             tokens = _tokens([answer.text[-1] for answer in running][slice(*step.mine)], cache)
             hidden = model.read(tokens, step)[0]
             _choose(model, cache, hidden, [step.home(row) for row in range(step.rows)], running, how)
-        return [answer.result for answer in sorted(answers, key=lambda answer: answer.number)]
+        return [answer.result(cache) for answer in sorted(answers, key=lambda answer: answer.number)]
     finally:
         for sequence in added:
             cache.free(sequence)

@@ -106,7 +106,9 @@ class Block(nn.Module):
         pools: also k before it was turned, which is what summaries are made of.
         """
         c = self.config
-        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(2, (c.heads + 2 * c.kv_heads, c.head_dim))
+        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(
+            2, (c.heads + 2 * c.kv_heads, c.head_dim)
+        )
         q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=2)
         cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
         turned = rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -1,6 +1,7 @@
 """A cache against attention of whole sequences: any slices, ranks, forks and batches give the same rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from distattn import presets, reference
-from distattn.cache import Cache
+from distattn.cache import Cache, SinksAndWindow
 from distattn.errors import CacheFull, ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
 from distattn.hierarchy_reference import hierarchical
@@ -134,10 +135,12 @@ def check(context: Context, spec: AttentionSpec, slices: list[list[int]], block_
     return [out[text.sequence].numpy() for text in texts]
 
 
-def cache_of(context: Context | None, specs: list[AttentionSpec], block_k: int = 32, tokens: int = 1200) -> Cache:
+def cache_of(
+    context: Context | None, specs: list[AttentionSpec], block_k: int = 32, tokens: int = 1200, **more: Any
+) -> Cache:
     mesh = context.mesh if context else None
     sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
-    return Cache(specs, tokens=tokens, max_len=N + 20, sequences=3, block_k=block_k, mesh=mesh, **sizes)
+    return Cache(specs, tokens=tokens, max_len=N + 20, sequences=3, block_k=block_k, mesh=mesh, **sizes, **more)
 
 
 @pytest.mark.parametrize("world_size", [1, 3, *(pytest.param(n, marks=pytest.mark.full) for n in (2, 4))])
@@ -226,6 +229,28 @@ def test_a_token_takes_two_exchanges_with_the_ranks_that_it_visits(ranks: RankPo
     key, query, result = 2 * KV_HEADS * DIM, HEADS * DIM, HEADS * (DIM + 1)
     # Rank 0 computes the row; rank 2 gets its key and value, and both are asked and answer.
     assert [nbytes for _, nbytes, _ in found] == [4 * (2 * query + key), 4 * result, 4 * result, 0]
+
+
+@pytest.mark.parametrize("spec", [presets.dense(), presets.mistral(120)], ids=["dense", "mistral"])
+def test_what_a_policy_lets_go_is_masked_and_nothing_else(spec: AttentionSpec) -> None:
+    cache = cache_of(None, [spec], keep=SinksAndWindow(4, 70))
+    text = Text(cache.add(), *rows_of(0))
+    out, seen = {text.sequence: torch.zeros(1, N, HEADS, DIM)}, np.tri(N, dtype=np.bool_)
+    for count in (90, 1, 7, 60, 1, 100, 1, 30):
+        owner, _ = cache.tables.pages(text.sequence)
+        gone = np.repeat(owner < 0, 32)[: text.done]
+        seen[text.done :, : text.done] &= ~gone
+        run(cache, [text], [count], out)
+    owner, _ = cache.tables.pages(text.sequence)
+    dense = spec == presets.dense()  # which goes on to attend to the first page
+    assert np.flatnonzero(owner >= 0).tolist() == [0] * dense + [6, 7, 8, 9]
+    assert cache.lost[text.sequence] + cache.released[text.sequence] == (5 + (not dense)) * 32
+    assert (cache.released[text.sequence] == 0) == dense and cache.lost[text.sequence] > 0
+    at = np.arange(N)
+    allowed = torch.from_numpy(seen & spec.tokens.allows(at[:, None], at))
+    q, k, v = (x.double().transpose(1, 2) for x in rows_of(0))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True).transpose(1, 2)
+    assert reference.max_error(out[text.sequence][:, :290], wanted[:, :290]) < 1e-5
 
 
 def test_a_full_cache_refuses_before_anything_is_written() -> None:

@@ -88,7 +88,7 @@ def test_a_text_ends_before_its_stop_bytes() -> None:
     found = generate(
         decoder(), cache, PROMPTS[:1], Sampling(40, stop=stop), told=lambda prompt, text: heard.append(text)
     )
-    assert found == [Generated(whole[:20], 23, "stop")]
+    assert found == [Generated(whole[:20], 23, "stop", 0, 0)]
     assert b"".join(heard) == whole[:20]
 
 

@@ -39,6 +39,15 @@ def test_the_answer_is_the_same_on_two_ranks(ranks: RankPool, tmp_path: Path) ->
     assert [len(answer) for answer in files[0]] == [20, 20]
 
 
+def test_it_says_what_is_lost(ranks: RankPool, tmp_path: Path) -> None:
+    prompt = ["job.prompt=" + "abcdefgh" * 100, "job.new_tokens=5", "job.slice_tokens=100"]
+    keep = ["job.keep_sinks=4", "job.keep_window=200", "attention=mistral", "attention.window=500"]
+    result, _ = ranks(2, run_job, "generate", [*SMALL, *prompt, *keep], str(tmp_path))
+    # Of 800 positions those before the page with number 600; the first 300 are of no use later on.
+    assert result["lost"][0] + result["released"][0] == 576 and result["lost"][0] > 0 and result["released"][0] > 0
+    assert f"lost              {result['lost'][0]} positions" in result["report"]
+
+
 def test_it_reads_what_training_saved(ranks: RankPool, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 200)
@@ -64,6 +73,8 @@ def test_it_reads_what_training_saved(ranks: RankPool, tmp_path: Path) -> None:
         (b"abc", ["data.offset=3"], "there are 0 bytes from data.offset on"),
         (b"abc", ["job.prompt=''"], "the prompt is empty"),
         (b"abc", ["job.samples=0"], "job.samples is 0"),
+        (b"abc", ["job.keep_sinks=4"], "expected two numbers, or null for both"),
+        (b"abc", ["job.keep_sinks=4", "job.keep_window=0"], "sinks is 4 and window 0"),
         (b"abc", ["job.slice_tokens=0"], "slice_tokens is 0"),
         (b"abc", ["attention=nsa"], "has gates or pools that are learned"),
         (b"abc", ["attention.causal=false"], "expected a causal one in a cache"),

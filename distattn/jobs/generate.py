@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distattn import checkpoint
-from distattn.cache import Cache, plan_levels
+from distattn.cache import Cache, SinksAndWindow, plan_levels
 from distattn.cached_levels import Sizes
 from distattn.conf.schema import Config, GenerateConfig
 from distattn.data import open_corpus
@@ -35,6 +35,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"job.samples is {job.samples}; expected at least 1")
     check_decoder(config)
     check_prompts([prompt_of(config)], how, config.seq_len, job.slice_tokens)
+    kept(config)
     plan_levels(layer_specs(config), _sizes(config, config.seq_len, 1, torch.device("cpu")))
 
 
@@ -81,7 +82,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "read_seconds": first - began,
         "read_tokens_per_second": len(prompt) / (first - began),
         "tokens_per_second": (made - job.samples) / (end - first) if made > job.samples else None,
-        "released": cache.most_released,
+        "released": [one.released for one in found],
+        "lost": [one.lost for one in found],
         "peak_bytes": peaks,
     }
     (context.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -125,6 +127,17 @@ def sampling(config: Config) -> Sampling:
     return Sampling(job.new_tokens, job.temperature, job.top_p, config.seed, (job.stop or "").encode())
 
 
+def kept(config: Config) -> SinksAndWindow | None:
+    """Raises ConfigError if there is one number without the other, or one that cannot be."""
+    job = _job(config)
+    if (job.keep_sinks is None) != (job.keep_window is None):
+        found = f"job.keep_sinks is {job.keep_sinks} and job.keep_window {job.keep_window}"
+        raise ConfigError(f"{found}; expected two numbers, or null for both")
+    return (
+        None if job.keep_sinks is None or job.keep_window is None else SinksAndWindow(job.keep_sinks, job.keep_window)
+    )
+
+
 def layer_specs(config: Config) -> list[AttentionSpec]:
     """One a layer."""
     spec = attention_spec(config)
@@ -143,6 +156,7 @@ def make_cache(config: Config, context: Context, max_len: int, sequences: int) -
         max_len=max_len,
         sequences=sequences,
         block_k=block,
+        keep=kept(config),
         dtype=sizes.dtype,
         device=context.device,
         mesh=context.mesh,
@@ -193,7 +207,12 @@ def _text(r: dict[str, Any], answers: list[bytes], folder: Path) -> str:
         ("prompt", f"{r['prompt_bytes']:,} bytes on {r['world_size']} ranks ({r['device']}, {r['dtype']})"),
         ("attention", "; ".join(r["attention"])),
         ("speed", f"read at {r['read_tokens_per_second']:,.0f} tokens/s in {r['read_seconds']:.1f} s{speed}"),
-        ("let go", f"{r['released']:,} positions of a sequence, which no later token attends to"),
+        ("let go", f"{max(r['released']):,} positions of a text that no later token attends to"),
+        *(
+            [("lost", f"{max(r['lost']):,} positions of a text that later tokens would attend to")]
+            if any(r["lost"])
+            else []
+        ),
         ("peak memory", ", ".join(f"rank {i}: {x / 2**30:.2f} GiB" for i, x in enumerate(r["peak_bytes"]))),
         ("report", f"{folder / 'report.json'}; answers beside it as they come"),
     ]
