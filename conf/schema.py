@@ -53,6 +53,7 @@ class GenerateConfig(JobConfig):
     top_p: float = MISSING
     stop: str | None = MISSING
     slice_tokens: int = MISSING
+    retrieve: int | None = MISSING
     keep_sinks: int | None = MISSING
     keep_window: int | None = MISSING
     checkpoint: str | None = MISSING

@@ -24,9 +24,10 @@ import torch
 
 from distattn import operators
 from distattn.cached_levels import CachedLevels, LevelPlan, Sizes
-from distattn.decoding import Step, causal
+from distattn.decoding import RETRIEVED, Step, causal
 from distattn.errors import CacheFull, ConfigError
 from distattn.pages import PageTables
+from distattn.retrieval import PageBounds, Quest
 from distattn.spans import Bools
 from distattn.spec import AttentionSpec
 
@@ -70,11 +71,13 @@ class Cache:
 
     Args:
         specs: one a layer. Pages that none of them visits again are let go as soon as a step ends.
+        retrieve: dense layers attend to so many pages in steps of few tokens; None: to all.
         keep: what else is let go then; None: nothing, and a full cache refuses.
         tokens: room for so many, on all ranks together, in whole blocks.
         heads, kv_heads, head_dim, value_dim: as in :func:`make_plan`.
         max_len: of a sequence; default: ``tokens``.
-        sequences: how many there may be at a time, where a spec has summaries or chooses chunks: each has buffers then.
+        sequences: how many there may be at a time, where a spec has summaries or chooses chunks, or pages are
+            retrieved: each has buffers then.
         block_k: rows of a page.
         mesh: a one-dimensional DeviceMesh, the ranks that share the cache; None: one rank.
 
@@ -100,6 +103,7 @@ class Cache:
         max_len: int | None = None,
         sequences: int = 1,
         block_k: int = 128,
+        retrieve: Quest | None = None,
         keep: SinksAndWindow | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -118,7 +122,7 @@ class Cache:
         if mesh is not None and mesh.size() > 1:
             self.rank, self.world_size = mesh.get_local_rank(), mesh.size()
             self.group_name = mesh.get_group().group_name
-            said = f"{sizes}, {max_len}, {sequences}, {block_k}, {dtype}, {keep}, {list(specs)}"
+            said = f"{sizes}, {max_len}, {sequences}, {block_k}, {dtype}, {retrieve}, {keep}, {list(specs)}"
             operators.agree_on(self.group_name, f"a cache of {said}")
         self.device = torch.device(device)
         self.tables = PageTables(self.world_size, -(-tokens // (block_k * self.world_size)), block_k)
@@ -131,11 +135,12 @@ class Cache:
         self.released: dict[int, int] = {}
         self.lost: dict[int, int] = {}
         self.sequences, self.slot_of = sequences, dict[int, int]()
-        self.level_plans = plan_levels(
-            specs, Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
-        )
-        plans = [self.level_plans.get(spec) for spec in specs]
-        self.levels = tuple(None if plan is None else CachedLevels(plan) for plan in plans)
+        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
+        self.level_plans = plan_levels(specs, wide)
+        self.retrieval = None if retrieve is None else retrieve.plan(wide)
+        if retrieve is not None and RETRIEVED not in specs:
+            raise ConfigError(f"retrieve is {retrieve}; expected None, or a spec that is {RETRIEVED!r}")
+        self.levels = tuple(self._levels_of(spec, retrieve) for spec in specs)
 
     def add(self) -> int:
         """A new, empty sequence. Raises CacheFull if there may be no more."""
@@ -203,15 +208,22 @@ class Cache:
                 found[first // self.block_k : -(-stop // self.block_k)] = True
         return found
 
+    def _levels_of(self, spec: AttentionSpec, retrieve: Quest | None) -> CachedLevels | PageBounds | None:
+        if spec == RETRIEVED and retrieve is not None and self.retrieval is not None:
+            return PageBounds(self.retrieval, retrieve.pages)
+        plan = self.level_plans.get(spec)
+        return None if plan is None else CachedLevels(plan)
+
     def _known(self, make: Callable[[], int], old: int | None) -> int:
         """A new sequence, with a slot for its summaries; like ``old``."""
         free = sorted(set(range(self.sequences)) - set(self.slot_of.values()))
-        if self.level_plans and not free:
+        wanted = any(levels is not None for levels in self.levels)
+        if wanted and not free:
             raise CacheFull(f"there are {self.sequences} sequences already; expected one to be freed before another")
         found = make()
         for counted in (self.released, self.lost):
             counted[found] = 0 if old is None else counted[old]
-        if self.level_plans:
+        if wanted:
             self.slot_of[found] = free[0]
             for levels in self.levels:
                 if levels is not None and old is not None:

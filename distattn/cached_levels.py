@@ -127,6 +127,53 @@ class LevelPlan:
         at = (tiles.first[:, None] + np.arange(tiles.block)).ravel()
         return np.isin(at, window.global_tokens if window else ())
 
+    def chosen_table(
+        self, chosen: Tensor, tiles: Tiles, sub_pages: Tensor, first: Tensor, own_pages: int
+    ) -> SelectedTable:
+        """What tiles visit of tokens by their choice.
+
+        Args:
+            chosen: int32 [tables, tiles, n].
+            sub_pages: int64, where pages of ``sub_page`` rows of all sequences are on this rank, or -1.
+            first: int64 [sequences + 1]: those of each sequence among them. own_pages: of the rank.
+        """
+        hierarchy, rows, device = self.hierarchy, self.sub_page, chosen.device
+        sequence = torch.from_numpy(tiles.sequence).to(device)
+        pieces = hierarchy.chunk // rows
+        piece = chosen.clamp_min(0).long()[..., None] * pieces + torch.arange(pieces, device=device)
+        at = first[sequence][:, None, None] + piece
+        there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
+        pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
+        position = piece[..., None] * rows + torch.arange(rows, device=device)
+        last = torch.from_numpy(tiles.first).to(device)[:, None, None, None]
+        allowed = position <= last
+        if len(hierarchy.left_out):
+            allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
+        return SelectedTable(
+            tiles.block,
+            rows,
+            len(tiles),
+            own_pages,
+            0,
+            hierarchy.head_table,
+            pages.flatten(2).int().contiguous(),
+            _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous(),
+        )
+
+    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Ints, rank: int, world_size: int) -> SelectedTable:
+        """What tiles visit of the buffers beside chosen chunks, so that every token counts once."""
+        hierarchy, device = self.hierarchy, chosen.device
+        position = torch.from_numpy(tiles.first.astype(np.int32)).to(device)
+        ladder = hierarchy.ladder
+        pages, masks = summary_pages(chosen.unsqueeze(0), position, hierarchy.on(device, "row_bits"), ladder)
+        of = torch.from_numpy(slot[tiles.sequence]).to(device)[:, None] * ladder.pages
+        mine = (pages[0] >= 0) & (pages[0] % world_size == rank)
+        selected = torch.where(mine, pages[0] + of, -1).int()
+        every = self.sizes.sequences * ladder.pages
+        return SelectedTable(
+            tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, selected, masks[0].contiguous()
+        )
+
 
 class CachedLevels:
     """One layer's summaries.
@@ -213,53 +260,6 @@ class CachedLevels:
         return choose_chunks(
             by, choosers, keys.unsqueeze(0).to(rows.dtype), bias, hierarchy.on(q.device, "selectable"), scale
         )[0]
-
-    def chosen_table(
-        self, chosen: Tensor, tiles: Tiles, sub_pages: Tensor, first: Tensor, own_pages: int
-    ) -> SelectedTable:
-        """What tiles visit of tokens by their choice.
-
-        Args:
-            chosen: int32 [tables, tiles, n].
-            sub_pages: int64, where pages of ``sub_page`` rows of all sequences are on this rank, or -1.
-            first: int64 [sequences + 1]: those of each sequence among them. own_pages: of the rank.
-        """
-        hierarchy, rows, device = self.plan.hierarchy, self.plan.sub_page, chosen.device
-        sequence = torch.from_numpy(tiles.sequence).to(device)
-        pieces = hierarchy.chunk // rows
-        piece = chosen.clamp_min(0).long()[..., None] * pieces + torch.arange(pieces, device=device)
-        at = first[sequence][:, None, None] + piece
-        there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
-        pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
-        position = piece[..., None] * rows + torch.arange(rows, device=device)
-        last = torch.from_numpy(tiles.first).to(device)[:, None, None, None]
-        allowed = position <= last
-        if len(hierarchy.left_out):
-            allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
-        return SelectedTable(
-            tiles.block,
-            rows,
-            len(tiles),
-            own_pages,
-            0,
-            hierarchy.head_table,
-            pages.flatten(2).int().contiguous(),
-            _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous(),
-        )
-
-    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Ints, rank: int, world_size: int) -> SelectedTable:
-        """What tiles visit of this layer's buffers beside chosen chunks, so that every token counts once."""
-        hierarchy, device = self.plan.hierarchy, chosen.device
-        position = torch.from_numpy(tiles.first.astype(np.int32)).to(device)
-        ladder = hierarchy.ladder
-        pages, masks = summary_pages(chosen.unsqueeze(0), position, hierarchy.on(device, "row_bits"), ladder)
-        of = torch.from_numpy(slot[tiles.sequence]).to(device)[:, None] * ladder.pages
-        mine = (pages[0] >= 0) & (pages[0] % world_size == rank)
-        selected = torch.where(mine, pages[0] + of, -1).int()
-        every = self.plan.sizes.sequences * ladder.pages
-        return SelectedTable(
-            tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, selected, masks[0].contiguous()
-        )
 
     def _feed(self, number: int, slot: int, first: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
         """Members of a level that follow ``first`` others; whole summaries go on to the next level."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from distattn import operators
 from distattn.algebra import Pattern
 from distattn.axis import Axis
+from distattn.cached_levels import CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange
 from distattn.extras import AttentionExtras
@@ -25,6 +26,7 @@ from distattn.kernels.selected import AnyTable
 from distattn.kernels.table import TileTable
 from distattn.paged import Tiles, place, table_of, wanted
 from distattn.patterns import Causal
+from distattn.presets import dense
 from distattn.routes import Part, Routes
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
@@ -36,16 +38,20 @@ if TYPE_CHECKING:
 FEW = 16
 """Up to so many new tokens of each sequence are attended one by one; more are tiles."""
 _BLOCK_Q = 128
+RETRIEVED = dense()
+"""Layers of this spec may retrieve pages."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
     """What layers of one spec share in a step.
 
+    plan: of what is visited beside tokens; None if nothing is.
     table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
     query tiles that attend to tokens alone; None if there is none.
     """
 
+    plan: LevelPlan | None
     tiles: Tiles
     routes: Routes
     table: TileTable
@@ -131,10 +137,11 @@ class Step:
         parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
         if everyone is not None:
             parts += self._beside_tokens(layer, group, asks, everyone, extras, scale, choice_of)
-        if spec.merge == "softmax":
+        gated = spec.merge == "gate"
+        if not gated:
             parts = [reduce(lambda a, b: merge(*a, *b), parts)]
         merged = group.routes.come_back(parts, q.shape[1])
-        if spec.merge == "softmax":
+        if not gated:
             return merged[0][0].to(q.dtype).unsqueeze(0)
         assert extras.gates is not None
         return gate([out.to(q.dtype).unsqueeze(0) for out, _ in merged], extras.gates)
@@ -153,29 +160,30 @@ class Step:
 
         everyone: queries, and what is pooled, of all new rows.
         """
-        cache, spec, levels = self.cache, self.cache.specs[layer], self.cache.levels[layer]
+        cache, plan, levels = self.cache, group.plan, self.cache.levels[layer]
         assert levels is not None
         chosen: list[Tensor] = []
         for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
             slot, start = int(self._slots[number]), int(self.start[number])
             levels.pool(slot, start, rows[1], rows[2], extras)
-            if spec.select is not None and choice_of is None:
+            if plan is not None and plan.spec.select is not None and choice_of is None:
                 first = group.tiles.first[group.tiles.sequence == number]
                 chosen.append(levels.choose(slot, start, first, rows[0], extras, scale))
         parts: list[Part] = []
         choice = self._choices.get(choice_of) if choice_of is not None else None
         if chosen:
             choice = self._choices[layer] = torch.cat(chosen, dim=1)
-        if spec.summaries:
+        if plan is not None and plan.spec.summaries:
+            assert isinstance(levels, CachedLevels)
             table: AnyTable | None = group.summaries
             if table is None:
                 assert choice is not None
-                table = levels.summary_table(choice, group.tiles, self._slots, cache.rank, cache.world_size)
+                table = plan.summary_table(choice, group.tiles, self._slots, cache.rank, cache.world_size)
             parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
-        if choice is not None:
-            sub_pages, first_of = self._sub_pages(levels.plan.sub_page)
-            own = cache.k[layer].shape[0] // levels.plan.sub_page
-            table = levels.chosen_table(choice, group.tiles, sub_pages, first_of, own)
+        if plan is not None and choice is not None:
+            sub_pages, first_of = self._sub_pages(plan.sub_page)
+            own = cache.k[layer].shape[0] // plan.sub_page
+            table = plan.chosen_table(choice, group.tiles, sub_pages, first_of, own)
             parts.append(attend_tiles(q, cache.k[layer], cache.v[layer], table, scale))
         if group.blind is not None:
             for out, lse in parts:
@@ -227,8 +235,11 @@ class Step:
         return self._small[rows]
 
     def _group(self, spec: AttentionSpec) -> _Group:
-        cache, plan = self.cache, self.cache.level_plans.get(spec)
-        few = bool(self.count.max() <= FEW)
+        cache, few = self.cache, bool(self.count.max() <= FEW)
+        plan, everywhere = cache.level_plans.get(spec), spec in cache.level_plans
+        if spec == RETRIEVED:
+            everywhere = cache.retrieval is not None  # its bounds are made of all keys
+            plan = cache.retrieval if few else None
         rows, unit = (1 if few else _BLOCK_Q, 1) if plan is None else plan.tile(few, _BLOCK_Q)
         tiles = Tiles.of(self.start, self.count, rows, unit)
         first, owner, block = self._pages
@@ -240,25 +251,26 @@ class Step:
             at = np.where(there, at, 0)
             return np.where(there, owner[at], -1), block[at]
 
-        patterns = [causal(pattern) for pattern in spec.tokens.by_head(cache.heads)]
+        tokens = spec.tokens if plan is None else plan.spec.tokens
+        patterns = [causal(pattern) for pattern in tokens.by_head(cache.heads)]
         distinct = list(dict.fromkeys(patterns))
         length = int((self.start + self.count).max())
         axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, cache.block_k)
         placed = [place(visit(pattern, *axes), where) for pattern in distinct]
         head_table = tuple(distinct.index(pattern) for pattern in patterns)
-        asked = wanted(placed, len(tiles), cache.world_size) | (plan is not None)
-        routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, plan is not None, cache.device)
+        asked = wanted(placed, len(tiles), cache.world_size) | everywhere
+        routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, everywhere, cache.device)
         blocks, kept = (tiles.block, cache.block_k), asked[:, cache.rank]
         table = table_of(placed, cache.rank, kept, head_table, blocks, cache.tables.blocks)
         if plan is None:
-            return _Group(tiles, routes, table, None, None)
+            return _Group(None, tiles, routes, table, None, None)
         summaries = None
         if spec.summaries and (spec.select is None or spec.merge == "gate"):
             visited = plan.visited(tiles, self._slots, cache.world_size)
             pages = cache.sequences * plan.rows // cache.block_k
             summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
         blind = torch.from_numpy(plan.blind(tiles)).to(cache.device)
-        return _Group(tiles, routes, table, summaries, blind if bool(blind.any()) else None)
+        return _Group(plan, tiles, routes, table, summaries, blind if bool(blind.any()) else None)
 
 
 def causal(pattern: Pattern) -> Pattern:

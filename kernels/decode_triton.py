@@ -9,6 +9,7 @@ unit takes. Programs beside each other read the heads of one page, which lie bes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from distattn.kernels.attention_triton import precision
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.walk_triton import LN_2, LOG2_E, LOWEST
 from distattn.kernels.work import query_units
-from distattn.spans import concat_ranges
+from distattn.spans import Ints, concat_ranges
 
 PROGRAM = 8
 """Columns of a program: row, first query head, key/value head, slot or -1, and where its PARTIAL and then its FULL
@@ -186,50 +187,72 @@ class Split(NamedTuple):
 
 
 def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) -> Split:
-    """Who reads which pages, for a chip with so many multiprocessors. Waits for nothing on the device."""
-    units, heads, _ = query_units(table.head_table, kv_heads, 16, torch.device("cpu"))
-    unit = units.numpy().astype(np.int64)
+    """Who reads which pages, for a chip with so many multiprocessors. Waits for nothing on the device.
+
+    Of a SelectedTable all but the pages follows from shapes, and is kept: what chooses can be captured in a graph.
+    """
     if isinstance(table, SelectedTable):
-        n = table.selected.shape[2]
-        none, number = np.zeros(table.tables * table.tiles, np.int64), np.full(table.tables * table.tiles, n)
-        first = np.arange(table.tables * table.tiles) * n
-        part, full = (number, none) if table.has_masks else (none, number)
-        part_first = full_first = first
-    else:
-        part, full = table.part_pages, table.full_pages
-        part_first, full_first = table.part_ptr[:-1].astype(np.int64), table.full_cumulative[table.full_ptr[:-1]]
-    # A row of what follows is a (query, unit) pair, the units of a query beside each other.
-    row = (unit[:, 0] * table.tiles + np.arange(table.tiles)[:, None]).ravel()
-    visits = (part + full)[row]
-    longest = max(-(-int(visits.sum()) // (_PROGRAMS * at_once)), _SHORTEST)
-    pieces = -(-visits // longest)
-    slot = np.where(pieces > 1, pieces, 0).cumsum() - np.where(pieces > 1, pieces, 0)
-    owner = np.repeat(np.arange(len(row)), pieces)
-    piece = concat_ranges(np.zeros_like(pieces), pieces)
-    order = np.lexsort((owner, piece, owner // len(unit)))
-    owner, piece = owner[order], piece[order]
-    cut = pieces[owner] > 1
-    begin, end = (n * visits[owner] // pieces[owner] for n in (piece, piece + 1))
-    own_part = part[row][owner]
-    columns = [owner // len(unit), unit[owner % len(unit), 1], unit[owner % len(unit), 2]]
-    columns.append(np.where(cut, slot[owner] + piece, -1))
-    columns += [part_first[row][owner] + np.minimum(edge, own_part) for edge in (begin, end)]
-    columns += [full_first[row][owner] + np.maximum(edge - own_part, 0) for edge in (begin, end)]
-    which = np.flatnonzero(pieces > 1)
-    cuts = np.stack((which // len(unit), unit[which % len(unit), 1], slot[which], pieces[which]), axis=1)
-    programs = np.stack(columns, axis=1)
-    numbers = len(programs), len(cuts), int(np.where(pieces > 1, pieces, 0).sum()), heads
-    if isinstance(table, SelectedTable):
+        shape = table.tables, table.tiles, table.selected.shape[2]
+        some, others, entry, numbers = _selected(table.head_table, kv_heads, shape, table.has_masks, device, at_once)
         more = table.selected.new_zeros(1)
         pages = torch.cat((table.selected.flatten(), more))
-        entry = torch.arange(len(pages), dtype=torch.int32, device=device)
         masks = more if table.masks is None else table.masks.flatten()
-        some, others = _together((programs, cuts), device)
         return Split(some, others, pages, pages, entry, masks, *numbers)
+    first = table.part_ptr[:-1].astype(np.int64), table.full_cumulative[table.full_ptr[:-1]]
+    units = query_units(table.head_table, kv_heads, 16, torch.device("cpu"))
+    programs, cuts, numbers = _programs(units, table.tiles, (table.part_pages, table.full_pages), first, at_once)
     run_page = concat_ranges(table.full_first.astype(np.int64), table.full_count.astype(np.int64))
     arrays = _together((programs, cuts, run_page, table.part_page, table.part_mask), device)
     words = table.masks.words(device).flatten() if len(table.masks) else arrays[0]  # any will do where none is read
     return Split(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], words, *numbers)
+
+
+@lru_cache(maxsize=64)
+def _selected(
+    head_table: tuple[int, ...],
+    kv_heads: int,
+    shape: tuple[int, int, int],
+    masked: bool,
+    device: torch.device,
+    at_once: int,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int]]:
+    """(programs, cuts, place of each entry, numbers) of tables of a shape: every entry may be a page."""
+    rows, number = shape[0] * shape[1], shape[2]
+    none, every, first = np.zeros(rows, np.int64), np.full(rows, number), np.arange(rows) * number
+    counts = (every, none) if masked else (none, every)
+    units = query_units(head_table, kv_heads, 16, torch.device("cpu"))
+    programs, cuts, numbers = _programs(units, shape[1], counts, (first, first), at_once)
+    some, others = _together((programs, cuts), device)
+    return some, others, torch.arange(rows * number + 1, dtype=torch.int32, device=device), numbers
+
+
+def _programs(
+    units: tuple[Tensor, int, int], tiles: int, counts: tuple[Ints, Ints], first: tuple[Ints, Ints], at_once: int
+) -> tuple[Ints, Ints, tuple[int, int, int, int]]:
+    """(programs, cuts, (how many of each, slots, heads of a program)).
+
+    counts: PARTIAL and FULL visits of each row of the table. first: where these begin.
+    """
+    unit, heads = units[0].numpy().astype(np.int64), units[1]
+    # A row of what follows is a (query, unit) pair, the units of a query beside each other.
+    row = (unit[:, 0] * tiles + np.arange(tiles)[:, None]).ravel()
+    part, visits = counts[0][row], (counts[0] + counts[1])[row]
+    longest = max(-(-int(visits.sum()) // (_PROGRAMS * at_once)), _SHORTEST)
+    pieces = -(-visits // longest)
+    slots = np.where(pieces > 1, pieces, 0)
+    slot = slots.cumsum() - slots
+    owner = np.repeat(np.arange(len(row)), pieces)
+    piece = concat_ranges(np.zeros_like(pieces), pieces)
+    order = np.lexsort((owner, piece, owner // len(unit)))
+    owner, piece = owner[order], piece[order]
+    edges = [n * visits[owner] // pieces[owner] for n in (piece, piece + 1)]
+    columns = [owner // len(unit), unit[owner % len(unit), 1], unit[owner % len(unit), 2]]
+    columns.append(np.where(pieces[owner] > 1, slot[owner] + piece, -1))
+    columns += [first[0][row][owner] + np.minimum(edge, part[owner]) for edge in edges]
+    columns += [first[1][row][owner] + np.maximum(edge - part[owner], 0) for edge in edges]
+    cut = np.flatnonzero(pieces > 1)
+    cuts = np.stack((cut // len(unit), unit[cut % len(unit), 1], slot[cut], pieces[cut]), axis=1)
+    return np.stack(columns, axis=1), cuts, (len(owner), len(cut), int(slots.sum()), heads)
 
 
 def _together(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:

@@ -17,6 +17,7 @@ from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
 from distattn.operators import sent
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
+from distattn.retrieval import Quest
 from distattn.rotary import rotary_table, rotate
 from distattn.spec import AttentionSpec
 from distattn.watch import watch_of
@@ -253,6 +254,55 @@ def test_what_a_policy_lets_go_is_masked_and_nothing_else(spec: AttentionSpec) -
     assert reference.max_error(out[text.sequence][:, :290], wanted[:, :290]) < 1e-5
 
 
+def retrieve(context: Context, pages: int) -> list[np.ndarray]:
+    """Two texts, one forked from the other; layer 0 retrieves."""
+    cache = cache_of(context, [presets.dense(), presets.mistral(40)], retrieve=Quest(pages))
+    first = Text(cache.add(), *rows_of(0))
+    out = {first.sequence: torch.zeros(1, N, HEADS, DIM)}
+    run(cache, [first], [150], out)
+    other = Text(cache.fork(first.sequence), *(torch.cat((x[:, :150], y[:, 150:]), 1) for x, y in both()), done=150)
+    out[other.sequence] = out[first.sequence].clone()
+    for counts in ([1, 0], [15, 1], [0, 16], [3, 2], [100, 1], [9, 10]):
+        run(cache, [first, other], counts, out)
+    return [out[text.sequence].numpy() for text in (first, other)]
+
+
+def both() -> list[tuple[Tensor, Tensor]]:
+    return list(zip(rows_of(0), rows_of(1), strict=True))
+
+
+def by_bounds(q: Tensor, k: Tensor, v: Tensor, row: int, pages: int) -> Tensor:
+    """A row by Quest's definition, [heads, dim] in float64: its page of 32, and those with the highest bounds."""
+    q, k, v = (x[0].double() for x in (q, k, v))
+    out = torch.zeros(HEADS, DIM, dtype=torch.float64)
+    for head in range(HEADS):
+        kv, group = head // 2, q[row, head // 2 * 2 : head // 2 * 2 + 2]
+        bounds = []
+        for page in range(row // 32):
+            keys = k[page * 32 : page * 32 + 32, kv]
+            bounds.append(torch.maximum(group * keys.amax(0), group * keys.amin(0)).sum(1).max().item())
+        best = sorted(range(len(bounds)), key=lambda page: -bounds[page])[:pages]
+        at = [p for page in best for p in range(page * 32, page * 32 + 32)] + list(range(row // 32 * 32, row + 1))
+        weights = torch.softmax(k[at, kv] @ q[row, head] * DIM**-0.5, 0)
+        out[head] = weights @ v[at, kv]
+    return out
+
+
+@pytest.mark.parametrize("pages", [2, 100])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_quest_retrieves_the_pages_with_the_highest_bounds(pages: int, world_size: int, ranks: RankPool) -> None:
+    parts = ranks(world_size, retrieve, pages)
+    texts = rows_of(0), [torch.cat((x[:, :150], y[:, 150:]), 1) for x, y in both()]
+    few = [*range(150, 169), *range(269, 278)], [*range(150, 169), *range(170, 180)]
+    for number, (rows, text) in enumerate(zip(few, texts, strict=True)):
+        found = torch.from_numpy(np.sum([part[number] for part in parts], axis=0))[0]
+        wanted = torch.stack([by_bounds(*text, row, pages) for row in rows])
+        assert reference.max_error(found[rows], wanted) < 1e-5
+        exact = expected(presets.dense(), *text)[0]
+        assert reference.max_error(found[:150], exact[:150]) < 1e-5  # prompts are read exactly
+        assert (reference.max_error(found[rows], exact[rows]) < 1e-5) == (pages == 100)
+
+
 def test_a_full_cache_refuses_before_anything_is_written() -> None:
     cache = cache_of(None, [presets.dense()], tokens=128)
     text, out = Text(cache.add(), *rows_of(0)), {0: torch.zeros(1, N, HEADS, DIM)}
@@ -300,6 +350,8 @@ def test_bad_arguments_are_refused() -> None:
     cache = cache_of(None, [CHOOSING["moba"]])
     for _ in range(3):
         cache.add()
+    with pytest.raises(ConfigError, match=r"retrieve is Quest\(pages=3\); expected None, or a spec that is"):
+        cache_of(None, [presets.mistral(9)], retrieve=Quest(3))
     with pytest.raises(CacheFull, match="there are 3 sequences already"):
         cache.fork(0)
     cache.free(1)

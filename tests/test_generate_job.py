@@ -73,6 +73,8 @@ def test_it_reads_what_training_saved(ranks: RankPool, tmp_path: Path) -> None:
         (b"abc", ["data.offset=3"], "there are 0 bytes from data.offset on"),
         (b"abc", ["job.prompt=''"], "the prompt is empty"),
         (b"abc", ["job.samples=0"], "job.samples is 0"),
+        (b"abc", ["job.retrieve=4"], "expected null, or attention=dense"),
+        (b"abc", ["job.retrieve=0", "attention=dense"], "pages is 0"),
         (b"abc", ["job.keep_sinks=4"], "expected two numbers, or null for both"),
         (b"abc", ["job.keep_sinks=4", "job.keep_window=0"], "sinks is 4 and window 0"),
         (b"abc", ["job.slice_tokens=0"], "slice_tokens is 0"),

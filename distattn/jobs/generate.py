@@ -15,6 +15,7 @@ from distattn.cache import Cache, SinksAndWindow, plan_levels
 from distattn.cached_levels import Sizes
 from distattn.conf.schema import Config, GenerateConfig
 from distattn.data import open_corpus
+from distattn.decoding import RETRIEVED
 from distattn.errors import ConfigError
 from distattn.generate import Sampling, check_prompts, generate
 from distattn.jobs.context import Context
@@ -22,6 +23,7 @@ from distattn.jobs.machine import device_name, peak_bytes, synchronize
 from distattn.jobs.settings import attention_spec, check_decoder, model_config
 from distattn.model import DTYPES, Decoder
 from distattn.presets import dense
+from distattn.retrieval import Quest
 from distattn.spec import AttentionSpec
 
 CPU_RANKS = 1
@@ -35,7 +37,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"job.samples is {job.samples}; expected at least 1")
     check_decoder(config)
     check_prompts([prompt_of(config)], how, config.seq_len, job.slice_tokens)
-    kept(config)
+    kept(config), retrieved(config)
     plan_levels(layer_specs(config), _sizes(config, config.seq_len, 1, torch.device("cpu")))
 
 
@@ -138,6 +140,14 @@ def kept(config: Config) -> SinksAndWindow | None:
     )
 
 
+def retrieved(config: Config) -> Quest | None:
+    """Raises ConfigError for a number that cannot be, or if there is no layer that could."""
+    pages = _job(config).retrieve
+    if pages is not None and RETRIEVED not in layer_specs(config):
+        raise ConfigError(f"job.retrieve is {pages}; expected null, or attention=dense or model.dense_layers with it")
+    return None if pages is None else Quest(pages)
+
+
 def layer_specs(config: Config) -> list[AttentionSpec]:
     """One a layer."""
     spec = attention_spec(config)
@@ -156,6 +166,7 @@ def make_cache(config: Config, context: Context, max_len: int, sequences: int) -
         max_len=max_len,
         sequences=sequences,
         block_k=block,
+        retrieve=retrieved(config),
         keep=kept(config),
         dtype=sizes.dtype,
         device=context.device,
