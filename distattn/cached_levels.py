@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means
 from distattn.kernels.selected import SelectedTable
 from distattn.layout import make_layout
-from distattn.levels import Level
+from distattn.levels import Level, OnDevices
 from distattn.paged import Placed, Tiles, joined, place
 from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
@@ -46,6 +47,20 @@ class Sizes:
     block_k: int
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Asking(OnDevices):
+    """The tiles of one sequence that choose, see :class:`Choosers`.
+
+    query: int64 [tiles], which of the mean queries from the chunk before that of ``start`` on is each one's.
+    """
+
+    start: int
+    number: Ints
+    query: Ints
+    own: NDArray[np.int32]
+    until: NDArray[np.int32]
 
 
 class LevelPlan:
@@ -121,6 +136,20 @@ class LevelPlan:
             parts.append(place(visit(hierarchy.visible(number), queries, keys), where))
         return joined(parts)
 
+    def asking(self, start: int, first: Ints) -> Asking:
+        """What a sequence's tiles choose by. start: its first new position. first: int64 [tiles], of the tiles."""
+        hierarchy, by = self.hierarchy, self.hierarchy.choosing
+        chunk, position, number = hierarchy.chunk, first, first
+        if hierarchy.chooses_by_tile_before:
+            number = first // chunk
+            position = number * chunk
+        if by.mass:
+            until = np.searchsorted(hierarchy.levels[0].stop, position + (hierarchy.tile == 1), side="right")
+        else:
+            until = np.clip(position // chunk - hierarchy.window[1] + 1, 0, hierarchy.chunks)
+        own, ends = (x.astype(np.int32) for x in (position // chunk, until))
+        return Asking(start, number, number - start // chunk, own, ends)
+
     def blind(self, tiles: Tiles) -> Bools:
         """bool [tiles * block]: rows of global tokens, which attend to tokens alone."""
         window = self.spec.window if self.spec.merge == "softmax" else None
@@ -138,14 +167,14 @@ class LevelPlan:
             first: int64 [sequences + 1]: those of each sequence among them. own_pages: of the rank.
         """
         hierarchy, rows, device = self.hierarchy, self.sub_page, chosen.device
-        sequence = torch.from_numpy(tiles.sequence).to(device)
+        sequence = tiles.on(device, "sequence")
         pieces = hierarchy.chunk // rows
         piece = chosen.clamp_min(0).long()[..., None] * pieces + torch.arange(pieces, device=device)
         at = first[sequence][:, None, None] + piece
         there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
         pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
         position = piece[..., None] * rows + torch.arange(rows, device=device)
-        last = torch.from_numpy(tiles.first).to(device)[:, None, None, None]
+        last = tiles.on(device, "first")[:, None, None, None]
         allowed = position <= last
         if len(hierarchy.left_out):
             allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
@@ -160,13 +189,15 @@ class LevelPlan:
             _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous(),
         )
 
-    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Ints, rank: int, world_size: int) -> SelectedTable:
-        """What tiles visit of the buffers beside chosen chunks, so that every token counts once."""
+    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Tensor, rank: int, world_size: int) -> SelectedTable:
+        """What tiles visit of the buffers beside chosen chunks, so that every token counts once.
+
+        slot: int64 [sequences], whose buffer each has.
+        """
         hierarchy, device = self.hierarchy, chosen.device
-        position = torch.from_numpy(tiles.first.astype(np.int32)).to(device)
-        ladder = hierarchy.ladder
+        position, ladder = tiles.on(device, "positions"), hierarchy.ladder
         pages, masks = summary_pages(chosen.unsqueeze(0), position, hierarchy.on(device, "row_bits"), ladder)
-        of = torch.from_numpy(slot[tiles.sequence]).to(device)[:, None] * ladder.pages
+        of = slot[tiles.on(device, "sequence")][:, None] * ladder.pages
         mine = (pages[0] >= 0) & (pages[0] % world_size == rank)
         selected = torch.where(mine, pages[0] + of, -1).int()
         every = self.sizes.sequences * ladder.pages
@@ -224,21 +255,16 @@ class CachedLevels:
         if self.plan.chooses_apart:
             self._feed(len(self.plan.pools) - 1, slot, start, k, v, extras)
 
-    def choose(self, slot: int, start: int, first: Ints, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
+    def choose(self, slot: int, asking: Asking, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
         """int32 [tables, tiles, n]: the chunks of each of a sequence's tiles, ascending, then -1.
 
-        Args:
-            start: position of the first new query. first: int64 [tiles], the first positions of the tiles.
-            q: [n, heads, head_dim], all new queries.
+        q: [n, heads, head_dim], all new queries of the sequence.
         """
         hierarchy, by, spec = self.plan.hierarchy, self.plan.hierarchy.choosing, self.plan.spec
         assert spec.select is not None
-        chunk, position = hierarchy.chunk, first
-        rows, number = q, first
+        rows = q
         if hierarchy.chooses_by_tile_before:
-            number = first // chunk
-            position = number * chunk
-            rows = self._tile_queries(slot, start, q)[torch.from_numpy(number - start // chunk).to(q.device)]
+            rows = self._tile_queries(slot, asking.start, q)[asking.on(q.device, "query")]
         share = self.plan.sizes.heads // hierarchy.kv_heads
         if not by.mass and spec.select.heads == "kv" and share > 1:
             rows = rows.unflatten(1, (hierarchy.kv_heads, share)).sum(2, dtype=accumulator_dtype(q.dtype))
@@ -248,15 +274,11 @@ class CachedLevels:
         if by.mass:
             exists = self.bias.new_zeros(1).where(hierarchy.levels[0].on(q.device, "exists"), -torch.inf)
             bias = self.bias[at] + exists[:, None]
-            until = np.searchsorted(hierarchy.levels[0].stop, position + (hierarchy.tile == 1), side="right")
-        else:
-            until = np.clip(position // chunk - hierarchy.window[1] + 1, 0, hierarchy.chunks)
         keys = self._means[slot] if self.plan.chooses_apart else self.k[at]
         if self.plan.chooses_apart and extras.rotate is not None:
             centre = self.plan.pools[-1].on(q.device, "centre")
             keys = extras.rotate(keys.unsqueeze(0), centre)[0]
-        own, ends = (torch.from_numpy(x.astype(np.int32)).to(q.device) for x in (position // chunk, until))
-        choosers = Choosers(rows.unsqueeze(0), number, own, ends)
+        choosers = Choosers(rows.unsqueeze(0), asking.number, *(asking.on(q.device, x) for x in ("own", "until")))
         return choose_chunks(
             by, choosers, keys.unsqueeze(0).to(rows.dtype), bias, hierarchy.on(q.device, "selectable"), scale
         )[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from distattn import operators
 from distattn.algebra import Pattern
 from distattn.axis import Axis
-from distattn.cached_levels import CachedLevels, LevelPlan
+from distattn.cached_levels import Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange
 from distattn.extras import AttentionExtras
@@ -46,7 +46,7 @@ RETRIEVED = dense()
 class _Group:
     """What layers of one spec share in a step.
 
-    plan: of what is visited beside tokens; None if nothing is.
+    plan: of what is visited beside tokens; None if nothing is. asking: by sequence, its tiles that choose.
     table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
     query tiles that attend to tokens alone; None if there is none.
     """
@@ -55,8 +55,9 @@ class _Group:
     tiles: Tiles
     routes: Routes
     table: TileTable
-    summaries: TileTable | None
-    blind: Tensor | None
+    asking: tuple[Asking, ...] = ()
+    summaries: TileTable | None = None
+    blind: Tensor | None = None
 
 
 class Step:
@@ -166,9 +167,8 @@ class Step:
         for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
             slot, start = int(self._slots[number]), int(self.start[number])
             levels.pool(slot, start, rows[1], rows[2], extras)
-            if plan is not None and plan.spec.select is not None and choice_of is None:
-                first = group.tiles.first[group.tiles.sequence == number]
-                chosen.append(levels.choose(slot, start, first, rows[0], extras, scale))
+            if group.asking and choice_of is None:
+                chosen.append(levels.choose(slot, group.asking[number], rows[0], extras, scale))
         parts: list[Part] = []
         choice = self._choices.get(choice_of) if choice_of is not None else None
         if chosen:
@@ -178,7 +178,7 @@ class Step:
             table: AnyTable | None = group.summaries
             if table is None:
                 assert choice is not None
-                table = plan.summary_table(choice, group.tiles, self._slots, cache.rank, cache.world_size)
+                table = plan.summary_table(choice, group.tiles, self._slots_there, cache.rank, cache.world_size)
             parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
         if plan is not None and choice is not None:
             sub_pages, first_of = self._sub_pages(plan.sub_page)
@@ -223,6 +223,10 @@ class Step:
         """int64 [sequences]: which buffers of summaries are theirs."""
         return np.asarray([self.cache.slot_of[sequence] for sequence in self.counts])
 
+    @cached_property
+    def _slots_there(self) -> Tensor:
+        return torch.from_numpy(self._slots).to(self.cache.device)
+
     def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
         if rows not in self._small:
@@ -263,14 +267,19 @@ class Step:
         blocks, kept = (tiles.block, cache.block_k), asked[:, cache.rank]
         table = table_of(placed, cache.rank, kept, head_table, blocks, cache.tables.blocks)
         if plan is None:
-            return _Group(None, tiles, routes, table, None, None)
+            return _Group(None, tiles, routes, table)
         summaries = None
         if spec.summaries and (spec.select is None or spec.merge == "gate"):
             visited = plan.visited(tiles, self._slots, cache.world_size)
             pages = cache.sequences * plan.rows // cache.block_k
             summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
-        blind = torch.from_numpy(plan.blind(tiles)).to(cache.device)
-        return _Group(plan, tiles, routes, table, summaries, blind if bool(blind.any()) else None)
+        asking: tuple[Asking, ...] = ()
+        if plan.spec.select is not None:
+            of = [tiles.first[tiles.sequence == number] for number in range(len(self.start))]
+            asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
+        blind = torch.from_numpy(plan.blind(tiles))
+        on_device = blind.to(cache.device) if bool(blind.any()) else None
+        return _Group(plan, tiles, routes, table, asking, summaries, on_device)
 
 
 def causal(pattern: Pattern) -> Pattern:

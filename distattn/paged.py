@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distattn import spans as sp
 from distattn.kernels.masks import Masks
 from distattn.kernels.table import TileTable
+from distattn.levels import OnDevices
 from distattn.spans import Bools, Ints
 from distattn.tiles import Visits
 
@@ -19,7 +21,7 @@ Where = Callable[[Ints, Ints], tuple[Ints, Ints]]
 
 
 @dataclass(frozen=True, eq=False)
-class Tiles:
+class Tiles(OnDevices):
     """The new rows of a step as query tiles; no tile has rows of two sequences.
 
     Attributes:
@@ -46,6 +48,11 @@ class Tiles:
 
     def __len__(self) -> int:
         return len(self.first)
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """int32 [tiles], of first rows."""
+        return self.first.astype(np.int32)
 
 
 class Placed(NamedTuple):

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distattn.cached_levels import LevelPlan, Sizes
+from distattn.cached_levels import Asking, LevelPlan, Sizes
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
 from distattn.kernels.page_bounds import choose_pages, update_bounds
-from distattn.spans import Ints
 from distattn.spec import AttentionSpec, TopChunks, chunk_window
 
 
@@ -39,30 +38,32 @@ class Quest:
 
 
 class PageBounds:
-    """One layer's bounds of all pages of all sequences, alike on every rank."""
+    """One layer's bounds of all pages of all sequences, alike on every rank.
+
+    high, low: [sequences, pages, kv_heads, head_dim].
+    """
 
     def __init__(self, plan: LevelPlan, pages: int) -> None:
         self.plan, self._pages = plan, pages
         sizes = plan.sizes
         shape = sizes.sequences, -(-sizes.max_len // sizes.block_k), sizes.kv_heads, sizes.head_dim
-        self._high, self._low = (torch.zeros(shape, dtype=sizes.dtype, device=sizes.device) for _ in range(2))
+        self.high, self.low = (torch.zeros(shape, dtype=sizes.dtype, device=sizes.device) for _ in range(2))
 
     def clear(self, slot: int) -> None:
         """Before a new sequence gets the slot."""
-        self._high[slot], self._low[slot] = 0.0, 0.0
+        self.high[slot], self.low[slot] = 0.0, 0.0
 
     def copy(self, old: int, new: int) -> None:
         """What one slot holds, for a fork."""
-        for x in (self._high, self._low):
+        for x in (self.high, self.low):
             x[new] = x[old]
 
     def pool(self, slot: int, start: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
         """New keys of a sequence, [n, kv_heads, head_dim]."""
-        update_bounds(self._high[slot], self._low[slot], start, k, self.plan.sizes.block_k)
+        update_bounds(self.high[slot], self.low[slot], start, k, self.plan.sizes.block_k)
 
-    def choose(self, slot: int, start: int, first: Ints, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
-        """int32 [kv_heads, tiles, pages], -1 for none. first: int64 [tiles], positions; q: [tiles, heads, head_dim]."""
-        pages = int(first.max()) // self.plan.sizes.block_k + 1
-        until = torch.from_numpy(first // self.plan.sizes.block_k).to(q.device)
+    def choose(self, slot: int, asking: Asking, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
+        """int32 [kv_heads, tiles, pages], -1 for none. q: [tiles, heads, head_dim]."""
+        pages, until = int(asking.own.max()) + 1, asking.on(q.device, "own")
         sign = q if scale > 0 else -q
-        return choose_pages(sign, self._high[slot, :pages], self._low[slot, :pages], until, self._pages)
+        return choose_pages(sign, self.high[slot, :pages], self.low[slot, :pages], until, self._pages)

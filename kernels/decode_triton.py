@@ -32,8 +32,6 @@ CUT = 4
 """Columns of a row that was cut: row, first query head, its first slot, how many it has."""
 PROGRAM_SIZE = tl.constexpr(PROGRAM)
 CUT_SIZE = tl.constexpr(CUT)
-# Programs a multiprocessor, all rows together: each then has a share of the memory's bandwidth, and none ends late.
-_PROGRAMS = 4
 # Fewer pages than this a program are not worth a partial result.
 _SHORTEST = 2
 
@@ -187,7 +185,7 @@ class Split(NamedTuple):
 
 
 def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) -> Split:
-    """Who reads which pages, for a chip with so many multiprocessors. Waits for nothing on the device.
+    """Who reads which pages, with about ``at_once`` programs. Waits for nothing on the device.
 
     Of a SelectedTable all but the pages follows from shapes, and is kept: what chooses can be captured in a graph.
     """
@@ -237,7 +235,7 @@ def _programs(
     # A row of what follows is a (query, unit) pair, the units of a query beside each other.
     row = (unit[:, 0] * tiles + np.arange(tiles)[:, None]).ravel()
     part, visits = counts[0][row], (counts[0] + counts[1])[row]
-    longest = max(-(-int(visits.sum()) // (_PROGRAMS * at_once)), _SHORTEST)
+    longest = max(-(-int(visits.sum()) // at_once), _SHORTEST)
     pieces = -(-visits // longest)
     slots = np.where(pieces > 1, pieces, 0)
     slot = slots.cumsum() - slots
@@ -277,16 +275,18 @@ def decode(
     columns: int = 64,
     stages: int = 4,
     warps: int = 4,
+    programs: int = 4,
 ) -> None:
     """Writes out and lse, in float32, of rows that visit something.
 
     columns: keys that are multiplied at a time. stages: how many of these are on their way. warps: of a program.
+    programs: of a multiprocessor, one after the other or at a time, all rows together.
     """
     device, v_dim = q.device, v.shape[2]
-    name = "decode", device, k.shape[1]
+    name = "decode", device, k.shape[1], programs
     if name not in table.cache:
-        at_once = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 2
-        table.cache[name] = split(table, k.shape[1], device, at_once)
+        chips = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 2
+        table.cache[name] = split(table, k.shape[1], device, programs * chips)
     work: Split = table.cache[name]
     if work.launched == 0:
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def update_bounds(high: Tensor, low: Tensor, start: int, k: Tensor, block: int) -> None:
@@ -21,11 +22,15 @@ def update_bounds(high: Tensor, low: Tensor, start: int, k: Tensor, block: int) 
         high, low: [pages, kv_heads, dim], of all pages of ``block`` positions; those that begin here are overwritten.
         k: [n, kv_heads, dim].
     """
-    page = torch.arange(start, start + len(k), device=k.device) // block
-    begun = slice(-(-start // block), (start + len(k) - 1) // block + 1)
-    high[begun], low[begun] = -torch.inf, torch.inf
-    high.index_reduce_(0, page, k.to(high.dtype), "amax")
-    low.index_reduce_(0, page, k.to(low.dtype), "amin")
+    first, before, behind = start // block, start % block, -(start + len(k)) % block
+    for bounds, nothing, reduce, join in (
+        (high, -torch.inf, torch.amax, torch.maximum),
+        (low, torch.inf, torch.amin, torch.minimum),
+    ):
+        found = reduce(F.pad(k, (0, 0, 0, 0, before, behind), value=nothing).unflatten(0, (-1, block)), 1)
+        if before:
+            found[0] = join(found[0], bounds[first])
+        bounds[first : first + len(found)] = found
 
 
 def choose_pages(q: Tensor, high: Tensor, low: Tensor, until: Tensor, number: int) -> Tensor:
@@ -47,4 +52,4 @@ def choose_pages(q: Tensor, high: Tensor, low: Tensor, until: Tensor, number: in
     bounds = bounds.masked_fill(~there, -torch.inf)
     found = bounds.topk(min(number, len(high)), dim=-1, sorted=False)
     pages = torch.where(found.values > -torch.inf, found.indices, -1).int()
-    return torch.nn.functional.pad(pages, (0, number - pages.shape[-1]), value=-1)
+    return F.pad(pages, (0, number - pages.shape[-1]), value=-1)

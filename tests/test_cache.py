@@ -8,6 +8,7 @@ import pytest
 import torch
 from rank_pool import RankPool
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from distattn import presets, reference
 from distattn.cache import Cache, SinksAndWindow
@@ -117,7 +118,8 @@ def run(cache: Cache, texts: list[Text], counts: list[int], out: dict[int, Tenso
         extras = extras._replace(
             **{n: x[:, here] for n in ("gates", "pool_keys") if (x := getattr(extras, n)) is not None}
         )
-        found = step.attend(layer, *mine, extras=extras)
+        there = tree_map(lambda x: x.to(cache.device) if isinstance(x, Tensor) else x, (mine, extras))
+        found = step.attend(layer, *there[0], extras=there[1]).cpu()
         if layer == 0:
             for i, (text, at) in enumerate(rows):
                 out[text.sequence][:, at] = found[:, i]
@@ -153,6 +155,21 @@ def test_any_slices_give_the_rows_of_the_whole(name: str, world_size: int, ranks
     for seed, count in enumerate(map(sum, slices)):
         found = torch.from_numpy(np.sum([part[seed] for part in parts], axis=0))[:, :count]
         assert reference.max_error(found, expected(spec, *rows_of(seed))[:, :count]) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("retrieve", [None, Quest(100)], ids=["", "retrieving"])
+@pytest.mark.parametrize("name", [*STATIC, *CHOOSING])
+def test_kernels_for_gpus_give_the_same(name: str, retrieve: Quest | None) -> None:
+    spec = (STATIC | CHOOSING)[name]
+    cache = cache_of(None, [spec, presets.dense()], retrieve=retrieve, device="cuda")
+    texts = [Text(cache.add(), *rows_of(seed)) for seed in range(2)]
+    out = {text.sequence: torch.zeros(1, N, HEADS, DIM) for text in texts}
+    for counts in ([150, 0], [1, 40], [1, 1], [9, 100], [100, 1]):
+        run(cache, texts, counts, out)
+    for text in texts:
+        rows = out[text.sequence][:, : text.done]
+        assert reference.max_error(rows, expected(spec, text.q, text.k, text.v)[:, : text.done]) < 1e-5
 
 
 def share_a_prefix(context: Context, spec: AttentionSpec) -> list[np.ndarray]:

@@ -149,7 +149,7 @@ def test_long_rows_are_cut_and_all_programs_have_similar_work() -> None:
     from distattn.kernels import decode_triton
 
     table, _ = table_of(Case(4, 200, 16, 8, 2))
-    work = decode_triton.split(table, 2, torch.device("cpu"), 10)
+    work = decode_triton.split(table, 2, torch.device("cpu"), 40)
     programs = work.programs[: work.launched * decode_triton.PROGRAM].view(-1, decode_triton.PROGRAM).numpy()
     visits = programs[:, 5] - programs[:, 4] + programs[:, 7] - programs[:, 6]
     rows = table.part_pages + table.full_pages
