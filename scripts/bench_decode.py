@@ -8,7 +8,7 @@ Cases with one sequence are a step of a cache that holds it; its content is rand
 needs (the step is captured in a CUDA graph), "eager_ms" that of a call, the host's part of it included. "visited" is
 the share of the cached keys that are read, "GB/s" what is read a second, and "of copy" as a share of what a copy on the
 device reads and writes in the same process. Pages lie in random order. Each result is compared with float64 or, where
-queries choose, with what was not captured. The batch is of 64 sequences of ragged lengths, beside FlexAttention and PyTorch's
+queries choose, with what was not captured. The batch is of 64 ragged sequences, beside FlexAttention and PyTorch's
 attention on tensors that are padded to the longest.
 """
 

@@ -35,9 +35,14 @@ def check(config: Config) -> None:
     how = sampling(config)
     if job.samples < 1:
         raise ConfigError(f"job.samples is {job.samples}; expected at least 1")
-    check_decoder(config)
     check_prompts([prompt_of(config)], how, config.seq_len, job.slice_tokens)
     kept(config), retrieved(config)
+    check_attention(config)
+
+
+def check_attention(config: Config) -> None:
+    """Raises ConfigError if the decoder, or a cache, cannot serve the attention."""
+    check_decoder(config)
     plan_levels(layer_specs(config), _sizes(config, config.seq_len, 1, torch.device("cpu")))
 
 
@@ -45,7 +50,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Reads the prompt, writes the answers, and reports."""
     job, prompt, how = _job(config), prompt_of(config), sampling(config)
     model = load_decoder(config, context)
-    cache = make_cache(config, context, len(prompt) + how.new_tokens, job.samples)
+    more = {"retrieve": retrieved(config), "keep": kept(config)}
+    cache = make_cache(config, context, len(prompt) + how.new_tokens, job.samples, **more)
     files = [context.output_dir / f"answer{number}.txt" for number in range(job.samples)]
     if context.rank == 0:
         context.output_dir.mkdir(parents=True, exist_ok=True)
@@ -154,8 +160,8 @@ def layer_specs(config: Config) -> list[AttentionSpec]:
     return [dense() if layer in config.model.dense_layers else spec for layer in range(config.model.layers)]
 
 
-def make_cache(config: Config, context: Context, max_len: int, sequences: int) -> Cache:
-    """Room for so many sequences of this length, and of each a block more on every rank."""
+def make_cache(config: Config, context: Context, max_len: int, sequences: int, **more: Any) -> Cache:
+    """Room for so many sequences of this length, and of each a block more on every rank. more: for the cache."""
     sizes, block = _sizes(config, max_len, sequences, context.device), config.layout.block_k
     return Cache(
         layer_specs(config),
@@ -166,11 +172,10 @@ def make_cache(config: Config, context: Context, max_len: int, sequences: int) -
         max_len=max_len,
         sequences=sequences,
         block_k=block,
-        retrieve=retrieved(config),
-        keep=kept(config),
         dtype=sizes.dtype,
         device=context.device,
         mesh=context.mesh,
+        **more,
     )
 
 
