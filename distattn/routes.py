@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distattn.exchange import Exchange
-from distattn.kernels.rows import merge
+from distattn.kernels.rows import merge_all
 from distattn.paged import Tiles
 from distattn.spans import Bools, Ints
 
@@ -40,7 +41,8 @@ class Routes:
     places: int
     everywhere: bool
     device: torch.device
-    _copies: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _there: dict[tuple[str, int], slice | Tensor] = field(default_factory=dict)
+    _how_many: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -60,6 +62,11 @@ class Routes:
         places = int(wanted[:, rank].sum()) * tiles.block
         return Routes(exchange, rank, home, *stay, wanted[tile], place, places, everywhere, device)
 
+    @cached_property
+    def stays_here(self) -> bool:
+        """Whether there is one rank, and the rows as they are make up its query tiles."""
+        return self.exchange.world_size == 1 and np.array_equal(self.place, np.arange(len(self.place)))
+
     def go(
         self, q: Tensor, k: Tensor, v: Tensor, plain: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None]:
@@ -73,6 +80,8 @@ class Routes:
             the query tiles [places, heads, head_dim]; (slots int64 [n], k, v) that stay here; and with ``everywhere``
             queries and what is pooled of all rows, (q [rows, ..], plain, v).
         """
+        if self.stays_here:
+            return q, (self._slots, k, v), None if plain is None or not self.everywhere else (q, plain, v)
         rows, width = len(self.home), (q.shape[1:], k.shape[1:], v.shape[1:])
         sizes = [int(np.prod(shape)) for shape in width]
         pooled: tuple[Tensor, ...] | None = None
@@ -80,11 +89,11 @@ class Routes:
             assert plain is not None
             pooled = tuple(q.new_empty((rows, *shape)) for shape in width)
         asks = q.new_zeros((self.places, *width[0]))
-        slots, kept_k, kept_v = [], [], []
+        kept_k: list[Tensor] = []
+        kept_v: list[Tensor] = []
 
         def take(peer: int, parts: list[Tensor]) -> None:
             asks[self._at("place", peer)] = parts[0]
-            slots.append(self._at("slot", peer))
             kept_k.append(parts[1])
             kept_v.append(parts[2])
             if pooled is not None:
@@ -115,65 +124,80 @@ class Routes:
         sends = {p: torch.cat([x.flatten() for x in give(p)]) for p in peers if total(self.rank, p)}
         receives = {p: total(p, self.rank) for p in peers if total(p, self.rank)}
         self.exchange.send("bring", "cache", sends, receives, q, deliver, pairs=False).wait()
-        return asks, (torch.cat(slots), torch.cat(kept_k), torch.cat(kept_v)), pooled
+        return asks, (self._slots, torch.cat(kept_k), torch.cat(kept_v)), pooled
 
     def come_back(self, parts: list[Part], mine: int) -> list[Part]:
-        """Sends partial results of the query tiles to where their rows are computed, and merges what comes, in order.
+        """Sends partial results of the query tiles to where their rows are computed, and merges what comes.
 
         Args:
             parts: of this rank's query tiles, one or several softmaxes.
             mine: how many rows this rank computes.
         """
+        if self.stays_here:
+            return parts
         out, lse = parts[0]
-        merged = [(o.new_zeros((mine, *o.shape[1:])), x.new_full((mine, x.shape[1]), -torch.inf)) for o, x in parts]
-        width = lse.shape[1] * (out.shape[2] + 1)
+        ranks, heads, dim = self.exchange.world_size, lse.shape[1], out.shape[2]
+        outs = out.new_zeros((len(parts), ranks, mine, heads, dim))
+        lses = lse.new_full((len(parts), ranks, mine, heads), -torch.inf)
 
         def give(peer: int) -> Tensor:
             at = self._at("place", peer)
             return torch.cat([x for o, x in parts for x in (o[at].flatten(), x[at].flatten())])
 
         def deliver(got: dict[int, Tensor]) -> None:
-            for peer in range(self.exchange.world_size):
-                flat = give(peer) if peer == self.rank else got.get(peer)
-                if flat is None or not flat.numel():
+            for peer in range(ranks):
+                count = self._counts(self.rank, peer)[0]
+                if not count:
                     continue
+                flat = give(peer) if peer == self.rank else got[peer]
                 at = self._at("query", peer)
-                for (total, total_lse), part in zip(merged, flat.chunk(len(parts)), strict=True):
-                    values, logs = part.split([len(at) * lse.shape[1] * out.shape[2], len(at) * lse.shape[1]])
-                    values, logs = values.view(len(at), *out.shape[1:]), logs.view(len(at), -1)
-                    total[at], total_lse[at] = merge(total[at], total_lse[at], values, logs)
+                for number, part in enumerate(flat.chunk(len(parts))):
+                    values, logs = part.split([count * heads * dim, count * heads])
+                    outs[number, peer][at] = values.view(count, heads, dim)
+                    lses[number, peer][at] = logs.view(count, heads)
 
-        peers = [peer for peer in range(self.exchange.world_size) if peer != self.rank]
+        peers = [peer for peer in range(ranks) if peer != self.rank]
         sends = {p: give(p) for p in peers if self._counts(p, self.rank)[0]}
         counts = {p: self._counts(self.rank, p)[0] for p in peers}
-        receives = {p: count * width * len(parts) for p, count in counts.items() if count}
+        receives = {p: count * heads * (dim + 1) * len(parts) for p, count in counts.items() if count}
         self.exchange.send("return", "cache", sends, receives, out, deliver, pairs=False).wait()
-        return merged
+        return [merge_all(outs[number], lses[number]) for number in range(len(parts))]
 
     def _counts(self, source: int, target: int) -> list[int]:
         """Rows that go from one rank to another: queries, keys, values, and what is pooled."""
-        first, stop = self._rows_of(source)
-        stays = int((self.owner[first:stop] == target).sum())
-        counts = [int(self.asked[first:stop, target].sum()), stays, stays]
-        return [*counts, stop - first, stop - first] if self.everywhere else counts
+        if (source, target) not in self._how_many:
+            first, stop = self._rows_of(source)
+            stays = int((self.owner[first:stop] == target).sum())
+            counts = [int(self.asked[first:stop, target].sum()), stays, stays]
+            self._how_many[source, target] = [*counts, *[stop - first] * 2] if self.everywhere else counts
+        return self._how_many[source, target]
 
     def _rows_of(self, rank: int) -> tuple[int, int]:
         first, stop = np.searchsorted(self.home, [rank, rank + 1])
         return int(first), int(stop)
 
-    def _at(self, what: str, peer: int) -> Tensor:
-        """int64 on the device. Of what a peer sends here: "place" of its queries, "slot" of its keys; of what goes to a
-        peer: rows of this rank, "query" those that visit it, "stays" those whose keys stay there."""
-        if (what, peer) not in self._copies:
-            first, stop = self._rows_of(self.rank if what in ("query", "stays") else peer)
+    def _at(self, what: str, peer: int) -> slice | Tensor:
+        """Rows, as a slice where they follow each other. Of what a peer sends here: "place" of its queries; of what
+        goes to a peer: rows of this rank, "query" those that visit it, "stays" those whose keys stay there."""
+        if (what, peer) not in self._there:
+            first, stop = self._rows_of(peer if what == "place" else self.rank)
             part = slice(first, stop)
             if what == "query":
                 found = np.flatnonzero(self.asked[part, peer])
             elif what == "stays":
                 found = np.flatnonzero(self.owner[part] == peer)
-            elif what == "place":
-                found = self.place[part][self.asked[part, self.rank]]
             else:
-                found = self.slot[part][self.owner[part] == self.rank]
-            self._copies[what, peer] = torch.from_numpy(found).to(self.device)
-        return self._copies[what, peer]
+                found = self.place[part][self.asked[part, self.rank]]
+            self._there[what, peer] = self._as_slice(found)
+        return self._there[what, peer]
+
+    def _as_slice(self, rows: Ints) -> slice | Tensor:
+        if len(rows) and not (np.diff(rows) == 1).all():
+            return torch.from_numpy(rows).to(self.device)
+        first = int(rows[0]) if len(rows) else 0
+        return slice(first, first + len(rows))
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """int64: where the keys stay that come to this rank, in the order in which they come."""
+        return torch.from_numpy(self.slot[self.owner == self.rank]).to(self.device)
