@@ -3,18 +3,21 @@
 
     python scripts/bench_decode.py [--cases NAME ...] [--rounds 20] [--shrink 1] [--csv FILE]
     python scripts/bench_decode.py --launches       # how the kernel is best launched, for the dense case
+    torchrun --nproc-per-node=4 scripts/bench_decode.py --cases 'dense, 1M'     # the cache sharded over 4 GPUs
 
 Cases with one sequence are a step of a cache that holds it; its content is random. "ms" is the time that the GPU
 needs (the step is captured in a CUDA graph), "eager_ms" that of a call, the host's part of it included. "visited" is
 the share of the cached keys that are read, "GB/s" what is read a second, and "of copy" as a share of what a copy on the
 device reads and writes in the same process. Pages lie in random order. Each result is compared with float64 or, where
-queries choose, with what was not captured. The batch is of 64 ragged sequences, beside FlexAttention and PyTorch's
+queries choose, with what was not captured. On several GPUs nothing is captured, and "ms" is "eager_ms" on the rank that
+has the query; "GB/s" is of all of them. The batch is of 64 ragged sequences, beside FlexAttention and PyTorch's
 attention on tensors that are padded to the longest.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from measuring import add_output, here, positive, write_rows
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -72,13 +77,18 @@ def main() -> None:
     parser.add_argument("--launches", action="store_true", help="times ways to launch the kernel instead")
     add_output(parser)
     options = parser.parse_args()
+    mesh = joined()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     copied = copy_speed(device)
-    print(f"copy on the device: {copied / 1e9:,.0f} GB/s read and written")
     rows: list[dict[str, object]] = []
+    first = mesh is None or mesh.get_rank() == 0
+    if first:
+        print(f"copy on the device: {copied / 1e9:,.0f} GB/s read and written")
 
     def add(**row: object) -> None:
+        if not first:
+            return
         print(", ".join(f"{name} {f'{x:.4g}' if isinstance(x, float) else x}" for name, x in row.items()), flush=True)
         rows.append({**here(options.commit), **row})
 
@@ -88,14 +98,31 @@ def main() -> None:
     for name in [] if options.launches else options.cases:
         case = CASES[name]
         case = case._replace(length=max(case.length // options.shrink, 4 * BLOCK))
-        found = ragged(case, dtype, device, options.rounds) if case.sequences > 1 else one(case, dtype, device, options)
+        if case.sequences == 1:
+            found = one(case, dtype, device, options, mesh)
+        elif mesh is None:
+            found = ragged(case, dtype, device, options.rounds)
+        else:
+            continue
         for row in found:
             speed = row.pop("read") / row["ms"] * 1e3
-            add(case=name, length=case.length, **row, **{"GB/s": speed / 1e9, "of copy": speed / copied})
+            ranks = 1 if mesh is None else mesh.size()
+            add(case=name, ranks=ranks, length=case.length, **row, **{"GB/s": speed / 1e9, "of copy": speed / copied})
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if options.csv:
+    if options.csv and first:
         write_rows(options.csv, rows)
+
+
+def joined() -> DeviceMesh | None:
+    """The ranks that torchrun has started; None if it has not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return init_device_mesh(kind, (dist.get_world_size(),))
 
 
 def copy_speed(device: torch.device) -> float:
@@ -105,12 +132,14 @@ def copy_speed(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(times(lambda: target.copy_(source), 10, device)) * 1e3
 
 
-def one(case: Case, dtype: torch.dtype, device: torch.device, options: Any) -> Iterator[dict[str, Any]]:
+def one(
+    case: Case, dtype: torch.dtype, device: torch.device, options: Any, mesh: DeviceMesh | None
+) -> Iterator[dict[str, Any]]:
     """One sequence in a cache gets one token."""
     torch.manual_seed(0)
     sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "dtype": dtype, "device": device}
     retrieve = None if case.retrieve is None else Quest(max(case.retrieve // options.shrink, 1))
-    cache = Cache([case.spec], tokens=case.length, retrieve=retrieve, **sizes)
+    cache = Cache([case.spec], tokens=case.length, retrieve=retrieve, mesh=mesh, **sizes)
     shuffle(cache)
     sequence = cache.add()
     # Written by hand: reading a million tokens is another script's matter. The last page is not filled, so that the
@@ -124,29 +153,34 @@ def one(case: Case, dtype: torch.dtype, device: torch.device, options: Any) -> I
     if case.retrieve is not None:
         levels.high.abs_(), levels.low.abs_().neg_()
     step = cache.begin({sequence: 1})
-    q, k, v = (torch.randn(1, 1, heads, DIM, device=device, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    mine = len(step.positions)
+    q, k, v = (torch.randn(1, mine, heads, DIM, device=device, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
 
     def attend() -> Tensor:
         return step.attend(0, q, k, v, scale=SCALE, extras=AttentionExtras())
 
     with counted() as visits:
         out = attend()
-    keys = sum(visits)
-    replay, result = captured(attend, device)
-    if case.spec.is_static and case.retrieve is None:
+    keys = torch.tensor(float(sum(visits)), device=device)
+    if mesh is not None:
+        dist.all_reduce(keys)
+    replay, result = captured(attend, device) if mesh is None else (attend, attend)
+    if mesh is not None:
+        error = reference.max_error(result(), out)
+    elif case.spec.is_static and case.retrieve is None:
         expected = row_of(cache, sequence, q, case.spec)
         error = reference.max_error(out[0], expected)
     else:
         error = reference.max_error(result(), out)
     assert error < 2e-2, f"{case}: error {error}"
     itemsize = torch.empty(0, dtype=dtype).itemsize
-    read = keys * KV_HEADS * 2 * DIM * itemsize
+    read = float(keys) * KV_HEADS * 2 * DIM * itemsize
     gpu, eager = (statistics.median(times(run, options.rounds, device)) for run in (replay, attend))
     yield {
         "kernel": "distattn",
         "ms": gpu,
         "eager_ms": eager,
-        "visited": keys / case.length,
+        "visited": float(keys) / case.length,
         "error": error,
         "read": read,
     }
@@ -155,7 +189,7 @@ def one(case: Case, dtype: torch.dtype, device: torch.device, options: Any) -> I
 def shuffle(cache: Cache) -> None:
     """Blocks are handed out in random order then, as after much use."""
     tables = cache.tables
-    sequences = [tables.add() for _ in range(tables.blocks)]
+    sequences = [tables.add() for _ in range(tables.blocks * tables.world_size)]
     tables.append(dict.fromkeys(sequences, 1))
     for number in np.random.default_rng(0).permutation(sequences).tolist():
         tables.free(number)

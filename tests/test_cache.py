@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from distattn import presets, reference
 from distattn.cache import Cache, SinksAndWindow
-from distattn.errors import CacheFull, ConfigError
+from distattn.errors import CacheFull, ConfigError, PlanMismatch
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
 from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
@@ -21,7 +21,7 @@ from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 from distattn.retrieval import Quest
 from distattn.rotary import rotary_table, rotate
 from distattn.spec import AttentionSpec
-from distattn.watch import watch_of
+from distattn.watch import set_deadline, watch_of
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 N = 300
@@ -318,6 +318,27 @@ def test_quest_retrieves_the_pages_with_the_highest_bounds(pages: int, world_siz
         exact = expected(presets.dense(), *text)[0]
         assert reference.max_error(found[:150], exact[:150]) < 1e-5  # prompts are read exactly
         assert (reference.max_error(found[rows], exact[rows]) < 1e-5) == (pages == 100)
+
+
+def differ(context: Context) -> str:
+    """Ranks whose steps differ, after one in which they did not."""
+    cache = cache_of(context, [presets.dense()])
+    text = Text(cache.add(), *rows_of(0))
+    run(cache, [text], [40], {text.sequence: torch.zeros(1, N, HEADS, DIM)})
+    set_deadline(2.0)
+    try:
+        run(cache, [text], [30 + context.rank], {text.sequence: torch.zeros(1, N, HEADS, DIM)})
+    except PlanMismatch as error:
+        return str(error)
+    finally:
+        set_deadline(None)
+    return "no error"
+
+
+def test_ranks_whose_steps_differ_are_told(ranks: RankPool) -> None:
+    said = ranks(2, differ)
+    ranks.close()  # their connections are of no more use
+    assert all("bring cache, plan" in text for text in said), said
 
 
 def test_a_full_cache_refuses_before_anything_is_written() -> None:

@@ -10,6 +10,7 @@ from kernel_cases import DEVICE
 from distattn import reference
 from distattn.kernels.decode import decode_attention
 from distattn.kernels.masks import Masks
+from distattn.kernels.rows import merge_all
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 from distattn.levels import packed
@@ -167,3 +168,14 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         decode_attention(q.repeat(2, 1, 1), k, v, table, scale=1.0)
     with pytest.raises(ValueError, match="which has 624 slots"):
         decode_attention(q, k[:-16], v[:-16], table, scale=1.0)
+
+
+def test_partial_results_are_merged_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outs, lses = torch.randn(3, 4, 2, 8, generator=generator), torch.randn(3, 4, 2, generator=generator)
+    lses[0, 1], lses[:, 2] = -torch.inf, -torch.inf
+    outs[0, 1], outs[:, 2] = 0.0, 0.0
+    out, lse = merge_all(outs, lses)
+    wanted, wanted_lse = reference.merge(list(zip(outs, lses, strict=True)))
+    assert reference.max_error(out, wanted) < 1e-6 and reference.max_error(lse, wanted_lse) < 1e-6
+    assert bool((out[2] == 0).all()) and bool((lse[2] == -torch.inf).all())
