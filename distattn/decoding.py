@@ -18,7 +18,7 @@ from distattn.axis import Axis
 from distattn.cached_levels import Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange
-from distattn.extras import AttentionExtras
+from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
 from distattn.kernels.decode import decode_attention
 from distattn.kernels.rows import gate, merge
@@ -120,17 +120,16 @@ class Step:
             out [1, rows of this rank, heads, value_dim], in the dtype of q.
 
         Raises:
-            ConfigError: a shape or a dtype is not what the cache has.
+            ConfigError: a shape or a dtype is not what the cache has, or the extras are not those that the spec needs.
             PeerLost, StepTimeout, PlanMismatch: as every exchange.
         """
         cache = self.cache
         scale = cache.head_dim**-0.5 if scale is None else scale
-        self._check(q, k, v)
-        spec = cache.specs[layer]
+        spec, extras = cache.specs[layer], extras or AttentionExtras()
+        self._check(q, k, v, spec, extras)
         if spec not in self._groups:
             self._groups[spec] = self._group(spec)
         group = self._groups[spec]
-        extras = extras or AttentionExtras()
         plain = k if extras.pool_keys is None else extras.pool_keys
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
@@ -144,7 +143,7 @@ class Step:
         merged = group.routes.come_back(parts, q.shape[1])
         if not gated:
             return merged[0][0].to(q.dtype).unsqueeze(0)
-        assert extras.gates is not None
+        assert extras.gates is not None  # it was checked
         return gate([out.to(q.dtype).unsqueeze(0) for out, _ in merged], extras.gates)
 
     def _beside_tokens(
@@ -196,19 +195,39 @@ class Step:
             if (start + count) // self.cache.block_k > start // self.cache.block_k:
                 self.cache.release(sequence)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> None:
         cache, rows = self.cache, self.mine[1] - self.mine[0]
-        shapes = {
+        keys = 1, rows, cache.kv_heads, cache.head_dim
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
             "q": (q, (1, rows, cache.heads, cache.head_dim)),
-            "k": (k, (1, rows, cache.kv_heads, cache.head_dim)),
+            "k": (k, keys),
             "v": (v, (1, rows, cache.kv_heads, cache.value_dim)),
         }
-        for name, (x, shape) in shapes.items():
-            if tuple(x.shape) != shape or x.dtype != cache.dtype:
-                why = f"{name} is {x.dtype} {tuple(x.shape)}; expected {cache.dtype} {shape} on rank {cache.rank}"
-                if cache.group_name is not None:
-                    operators.refuse_in(cache.group_name, why)
-                raise ConfigError(why)
+        sources = 1 + bool(spec.summaries) + (spec.select is not None)
+        gates = (1, rows, cache.heads, sources) if spec.merge == "gate" else None
+        learned = any(level.bias == "learned" for level in spec.summaries)
+        wanted["extras.gates"] = extras.gates, gates
+        wanted["extras.key_bias"] = extras.key_bias, (len(spec.summaries), cache.kv_heads) if learned else None
+        if extras.pool_keys is not None:
+            wanted["extras.pool_keys"] = extras.pool_keys, keys
+        why = None
+        for name, (x, shape) in wanted.items():
+            found = None if x is None else tuple(x.shape)
+            if found != shape or (x is not None and name in "qkv" and x.dtype != cache.dtype):
+                dtype = None if x is None else x.dtype
+                why = why or f"{name} is {dtype} {found}; expected {cache.dtype} {shape} on rank {cache.rank}"
+        kinds = {"mean": type(None), "attention": AttentionPool, "mlp": MlpPool}
+        for number, level in enumerate(spec.summaries):
+            pool = extras.pool[number] if number < len(extras.pool) else None
+            if not isinstance(pool, kinds[level.pool]):
+                kind = kinds[level.pool].__name__
+                why = (
+                    why or f"extras.pool[{number}] is {type(pool).__name__}; expected {kind}, as pool is {level.pool!r}"
+                )
+        if why is not None:
+            if cache.group_name is not None:
+                operators.refuse_in(cache.group_name, why)
+            raise ConfigError(why)
 
     @cached_property
     def _pages(self) -> tuple[Ints, Ints, Ints]:

@@ -377,6 +377,15 @@ def test_bad_arguments_are_refused() -> None:
     q, k, v = (x[:, :2] for x in rows_of(0))
     with pytest.raises(ConfigError, match=r"k is torch.float64 .* expected torch.float32 \(1, 2, 2, 16\)"):
         step.attend(0, q, k.double(), v)
+    cache = cache_of(None, [CHOOSING["nsa"]])
+    step = cache.begin({cache.add(): 2})
+    for extras, why in (
+        (AttentionExtras(), r"extras.gates is None None; expected torch.float32 \(1, 2, 4, 3\) on rank 0"),
+        (AttentionExtras(torch.zeros(1, 2, 4, 3)), r"extras.pool\[0\] is NoneType; expected MlpPool"),
+        (AttentionExtras(key_bias=torch.zeros(1, 2)), "extras.gates is None"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            step.attend(0, q, k, v, extras=extras)
     for spec, why in (
         (presets.with_delta(presets.dense()), "expected none with a correction"),
         (presets.hierarchical(32, (8,), (), causal=False), "expected a causal one"),
