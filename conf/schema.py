@@ -55,6 +55,7 @@ class GenerateConfig(JobConfig):
     slice_tokens: int = MISSING
     retrieve: int | None = MISSING
     keep_sinks: int | None = MISSING
+    keep_heaviest: int | None = MISSING
     keep_window: int | None = MISSING
     checkpoint: str | None = MISSING
 

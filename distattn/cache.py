@@ -16,7 +16,6 @@ own: in a cache every pattern is causal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,35 +26,13 @@ from distattn.cached_levels import CachedLevels, LevelPlan, Sizes
 from distattn.decoding import RETRIEVED, Step, causal
 from distattn.errors import CacheFull, ConfigError
 from distattn.pages import PageTables
+from distattn.policies import HeaviestPages, Mass, Policy
 from distattn.retrieval import PageBounds, Quest
 from distattn.spans import Bools
 from distattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-@dataclass(frozen=True)
-class SinksAndWindow:
-    """Keeps the first tokens of a sequence and the latest ones, in whole pages, whatever the specs would visit.
-
-    As StreamingLLM does (Xiao et al., "Efficient streaming language models with attention sinks", 2023, section 3.2),
-    but keys keep the positions that they were rotated to. Summaries of what is let go stay.
-
-    Raises ConfigError if sinks < 0 or window < 1.
-    """
-
-    sinks: int
-    window: int
-
-    def __post_init__(self) -> None:
-        if self.sinks < 0 or self.window < 1:
-            raise ConfigError(f"sinks is {self.sinks} and window {self.window}; expected at least 0 and at least 1")
-
-    def keeps(self, length: int, block: int) -> Bools:
-        """bool [whole pages]: which pages of a sequence of this length have a token that is kept."""
-        first = np.arange(length // block) * block
-        return (first < self.sinks) | (first + block > length - self.window)
 
 
 def plan_levels(specs: Sequence[AttentionSpec], sizes: Sizes) -> dict[AttentionSpec, LevelPlan]:
@@ -84,6 +61,7 @@ class Cache:
     Attributes:
         tables: who has which pages.
         k, v: by layer, [slots, kv_heads, dim], this rank's.
+        mass: by sequence, the attention that was paid to each page, where ``keep`` asks for it.
         released, lost: by sequence, how many positions were let go: since no query visits them again, and though one
             would.
 
@@ -104,7 +82,7 @@ class Cache:
         sequences: int = 1,
         block_k: int = 128,
         retrieve: Quest | None = None,
-        keep: SinksAndWindow | None = None,
+        keep: Policy | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
@@ -131,7 +109,10 @@ class Cache:
             [torch.zeros(slots, kv_heads, dim, dtype=dtype, device=device) for _ in specs]
             for dim in (head_dim, value_dim)
         )
+        if isinstance(keep, HeaviestPages) and not (retrieve is None and all(spec.is_static for spec in specs)):
+            raise ConfigError(f"keep is {keep}; expected patterns of tokens alone with it, and no retrieval")
         self.keep = keep
+        self.mass: dict[int, Mass] = {}
         self.released: dict[int, int] = {}
         self.lost: dict[int, int] = {}
         self.sequences, self.slot_of = sequences, dict[int, int]()
@@ -158,6 +139,7 @@ class Cache:
         self.tables.free(sequence)
         del self.released[sequence], self.lost[sequence]
         self.slot_of.pop(sequence, None)
+        self.mass.pop(sequence, None)
 
     def begin(self, counts: Mapping[int, int]) -> Step:
         """Makes room for new tokens, and plans what they visit.
@@ -192,7 +174,8 @@ class Cache:
         dead = there & ~self._needed(length)
         self.released[sequence] += int(dead.sum()) * self.block_k
         if self.keep is not None:
-            more = there & ~dead & ~self.keep.keeps(length, self.block_k)
+            mass = np.zeros(len(there)) if sequence not in self.mass else self.mass[sequence][: len(there)]
+            more = there & ~dead & ~self.keep.keeps(there & ~dead, length, self.block_k, mass)
             self.lost[sequence] += int(more.sum()) * self.block_k
             dead |= more
         self.tables.evict(sequence, np.flatnonzero(dead))
@@ -221,6 +204,8 @@ class Cache:
         if wanted and not free:
             raise CacheFull(f"there are {self.sequences} sequences already; expected one to be freed before another")
         found = make()
+        if old is not None and old in self.mass:
+            self.mass[found] = self.mass[old].copy()
         for counted in (self.released, self.lost):
             counted[found] = 0 if old is None else counted[old]
         if wanted:

@@ -17,7 +17,7 @@ from distattn.algebra import Pattern
 from distattn.axis import Axis
 from distattn.cached_levels import Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
-from distattn.exchange import Exchange
+from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
 from distattn.kernels.decode import decode_attention
@@ -26,6 +26,7 @@ from distattn.kernels.selected import AnyTable
 from distattn.kernels.table import TileTable
 from distattn.paged import Tiles, place, table_of, wanted
 from distattn.patterns import Causal
+from distattn.policies import HeaviestPages, page_logs
 from distattn.presets import dense
 from distattn.routes import Part, Routes
 from distattn.spans import Ints
@@ -84,6 +85,7 @@ class Step:
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
         self._groups: dict[AttentionSpec, _Group] = {}
+        self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
         self._choices: dict[int, Tensor] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -135,6 +137,8 @@ class Step:
         pool_k, pool_v = cache.k[layer], cache.v[layer]
         pool_k[slots], pool_v[slots] = kept_k, kept_v
         parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
+        if isinstance(cache.keep, HeaviestPages):
+            self._observe(layer, group, asks, cache.keep.observed, scale)
         if everyone is not None:
             parts += self._beside_tokens(layer, group, asks, everyone, extras, scale, choice_of)
         gated = spec.merge == "gate"
@@ -189,8 +193,48 @@ class Step:
                 out[group.blind], lse[group.blind] = 0.0, -torch.inf
         return parts
 
+    def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
+        """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
+        cache, (first, owner, block) = self.cache, self._pages
+        patterns = [causal(pattern) for pattern in cache.specs[layer].tokens.by_head(cache.heads)]
+        for number, stop in enumerate(self.count.cumsum().tolist()):
+            rows = np.arange(stop - min(int(self.count[number]), observed), stop)
+            mine = np.flatnonzero(owner[first[number] : first[number + 1]] == cache.rank)
+            asked = group.routes.asked[rows, cache.rank]
+            logs = q.new_full((len(rows), cache.heads, len(mine)), -torch.inf, dtype=accumulator_dtype(q.dtype))
+            at = self.start[number] + self.count[number] - stop + rows[asked]
+            place = torch.from_numpy(group.routes.place[rows[asked]]).to(q.device)
+            blocks = block[first[number] : first[number + 1]][mine]
+            there = page_logs(q[place], at, cache.k[layer], mine, blocks, cache.block_k, patterns, scale)
+            logs[torch.from_numpy(asked).to(q.device)] = there
+            self._observed.setdefault(number, (mine, []))[1].append(logs)
+
+    def _weigh(self) -> None:
+        """Adds the attention that was paid to pages to their masses: in two exchanges, whatever was observed."""
+        cache = self.cache
+        logs = {number: torch.stack(layers) for number, (_, layers) in self._observed.items()}
+        totals = torch.cat([x.logsumexp(-1).flatten() for x in logs.values()])
+        if cache.group_name is not None:
+            counts = [len(totals)] * cache.world_size
+            totals = torch.stack(gather_rows(totals, counts, cache.group_name)).logsumexp(0)
+        at, weights = 0, []
+        for number, x in logs.items():
+            base = totals[at : (at := at + x[..., 0].numel())].view(x.shape[:-1])
+            base = base.masked_fill(base == -torch.inf, 0.0)  # a query that attends to nothing
+            found = x.new_zeros(-(-(int(self.start[number] + self.count[number])) // cache.block_k))
+            found[torch.from_numpy(self._observed[number][0]).to(x.device)] = (x - base[..., None]).exp().sum((0, 1, 2))
+            weights.append(found)
+        every = torch.cat(weights)
+        if cache.group_name is not None:  # each page is one rank's, so that no order of summing matters
+            every = torch.stack(gather_rows(every, [len(every)] * cache.world_size, cache.group_name)).sum(0)
+        for sequence, mass in zip(self.counts, every.double().cpu().split([len(x) for x in weights]), strict=True):
+            before = cache.mass.get(sequence, np.zeros(0))
+            cache.mass[sequence] = mass.numpy() + np.pad(before, (0, len(mass) - len(before)))
+
     def end(self) -> None:
         """After the last layer: lets go what no later query visits."""
+        if self._observed:
+            self._weigh()
         for sequence, start, count in zip(self.counts, self.start.tolist(), self.count.tolist(), strict=True):
             if (start + count) // self.cache.block_k > start // self.cache.block_k:
                 self.cache.release(sequence)

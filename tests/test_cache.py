@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distattn import presets, reference
-from distattn.cache import Cache, SinksAndWindow
+from distattn.cache import Cache
 from distattn.errors import CacheFull, ConfigError, PlanMismatch
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
 from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
 from distattn.operators import sent
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
+from distattn.policies import HeaviestPages, SinksAndWindow
 from distattn.retrieval import Quest
 from distattn.rotary import rotary_table, rotate
 from distattn.spec import AttentionSpec
@@ -320,6 +321,49 @@ def test_quest_retrieves_the_pages_with_the_highest_bounds(pages: int, world_siz
         assert (reference.max_error(found[rows], exact[rows]) < 1e-5) == (pages == 100)
 
 
+STEPS = (90, 1, 7, 60, 1, 70, 1, 30)
+
+
+def keep_heaviest(context: Context) -> tuple[list[list[int]], np.ndarray]:
+    """The pages that are there after each step, and this rank's rows; two layers of different patterns."""
+    specs = [presets.dense(), presets.mistral(100)]
+    cache = cache_of(context, specs, keep=HeaviestPages(2, 50, observed=4))
+    text, kept = Text(cache.add(), *rows_of(0)), []
+    out = {text.sequence: torch.zeros(1, N, HEADS, DIM)}
+    for count in STEPS:
+        run(cache, [text], [count], out)
+        kept.append(np.flatnonzero(cache.tables.pages(text.sequence)[0] >= 0).tolist())
+    return kept, out[text.sequence].numpy()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_heaviest_pages_are_kept(world_size: int, ranks: RankPool) -> None:
+    results = ranks(world_size, keep_heaviest)
+    found = torch.from_numpy(np.sum([rows for _, rows in results], axis=0))
+    q, k, v = (x[0].double().transpose(0, 1) for x in rows_of(0))  # [heads, N, dim]
+    scores = torch.einsum("hqd,hkd->hqk", q, k.repeat_interleave(2, 0)) * DIM**-0.5
+    at, there, mass, done = np.arange(N), set(range(10)), np.zeros(10), 0
+    for kept, count in zip(results[0][0], STEPS, strict=True):
+        rows = slice(done, done + count)
+        held = np.isin(at // 32, sorted(there))
+        for layer, window in enumerate((N, 100)):
+            back = at[rows, None] - at
+            allowed = torch.from_numpy((back >= 0) & (back < window) & held)
+            weights = scores[:, rows].masked_fill(~allowed, -torch.inf).softmax(-1)
+            if layer == 0:
+                wanted = torch.einsum("hqk,hkd->qhd", weights, v.repeat_interleave(2, 0))
+                assert reference.max_error(found[0, rows], wanted) < 1e-5
+            observed = weights[:, -min(count, 4) :].sum((0, 1)).numpy()
+            mass += np.pad(observed, (0, 20)).reshape(10, 32).sum(1)
+        whole = (done + count) // 32
+        if whole > done // 32:
+            before = [page for page in range(whole) if page in there and (page + 1) * 32 <= done + count - 50]
+            there -= set(sorted(before, key=lambda page: -mass[page])[2:])
+        done += count
+        assert kept == [page for page in sorted(there) if page * 32 < done]
+    assert len(kept) < 8 and all(result[0] == results[0][0] for result in results)
+
+
 def differ(context: Context) -> str:
     """Ranks whose steps differ, after one in which they did not."""
     cache = cache_of(context, [presets.dense()])
@@ -397,6 +441,8 @@ def test_bad_arguments_are_refused() -> None:
     cache = cache_of(None, [CHOOSING["moba"]])
     for _ in range(3):
         cache.add()
+    with pytest.raises(ConfigError, match="expected patterns of tokens alone with it, and no retrieval"):
+        cache_of(None, [CHOOSING["moba"]], keep=HeaviestPages(2, 50))
     with pytest.raises(ConfigError, match=r"retrieve is Quest\(pages=3\); expected None, or a spec that is"):
         cache_of(None, [presets.mistral(9)], retrieve=Quest(3))
     with pytest.raises(CacheFull, match="there are 3 sequences already"):

@@ -46,6 +46,9 @@ def test_it_says_what_is_lost(ranks: RankPool, tmp_path: Path) -> None:
     # Of 800 positions those before the page with number 600; the first 300 are of no use later on.
     assert result["lost"][0] + result["released"][0] == 576 and result["lost"][0] > 0 and result["released"][0] > 0
     assert f"lost              {result['lost'][0]} positions" in result["report"]
+    keep = ["job.keep_heaviest=2", "job.keep_window=200", "attention=dense"]
+    result, _ = ranks(2, run_job, "generate", [*SMALL, *prompt, *keep], str(tmp_path))
+    assert result["lost"] == [64 * (12 - 3 - 2)] and result["released"] == [0]
 
 
 def test_it_reads_what_training_saved(ranks: RankPool, tmp_path: Path) -> None:
@@ -75,7 +78,9 @@ def test_it_reads_what_training_saved(ranks: RankPool, tmp_path: Path) -> None:
         (b"abc", ["job.samples=0"], "job.samples is 0"),
         (b"abc", ["job.retrieve=4"], "expected null, or attention=dense"),
         (b"abc", ["job.retrieve=0", "attention=dense"], "pages is 0"),
-        (b"abc", ["job.keep_sinks=4"], "expected two numbers, or null for both"),
+        (b"abc", ["job.keep_sinks=4"], "expected null for all, or keep_window and one of the others"),
+        (b"abc", ["job.keep_window=9"], "job.keep_heaviest is None, job.keep_window is 9; expected null for all"),
+        (b"abc", ["job.keep_window=9", "job.keep_heaviest=9"], "job.keep_heaviest is 9; expected null, or attention"),
         (b"abc", ["job.keep_sinks=4", "job.keep_window=0"], "sinks is 4 and window 0"),
         (b"abc", ["job.slice_tokens=0"], "slice_tokens is 0"),
         (b"abc", ["attention=nsa"], "has gates or pools that are learned"),

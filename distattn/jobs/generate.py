@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distattn import checkpoint
-from distattn.cache import Cache, SinksAndWindow, plan_levels
+from distattn.cache import Cache, plan_levels
 from distattn.cached_levels import Sizes
 from distattn.conf.schema import Config, GenerateConfig
 from distattn.data import open_corpus
@@ -22,6 +22,7 @@ from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
 from distattn.jobs.settings import attention_spec, check_decoder, model_config
 from distattn.model import DTYPES, Decoder
+from distattn.policies import HeaviestPages, Policy, SinksAndWindow
 from distattn.presets import dense
 from distattn.retrieval import Quest
 from distattn.spec import AttentionSpec
@@ -135,15 +136,22 @@ def sampling(config: Config) -> Sampling:
     return Sampling(job.new_tokens, job.temperature, job.top_p, config.seed, (job.stop or "").encode())
 
 
-def kept(config: Config) -> SinksAndWindow | None:
-    """Raises ConfigError if there is one number without the other, or one that cannot be."""
+def kept(config: Config) -> Policy | None:
+    """Raises ConfigError if numbers do not go together, or one cannot be."""
     job = _job(config)
-    if (job.keep_sinks is None) != (job.keep_window is None):
-        found = f"job.keep_sinks is {job.keep_sinks} and job.keep_window {job.keep_window}"
-        raise ConfigError(f"{found}; expected two numbers, or null for both")
-    return (
-        None if job.keep_sinks is None or job.keep_window is None else SinksAndWindow(job.keep_sinks, job.keep_window)
-    )
+    named = {"keep_sinks": job.keep_sinks, "keep_heaviest": job.keep_heaviest}
+    given = [name for name, value in named.items() if value is not None]
+    if len(given) != (job.keep_window is not None):
+        found = ", ".join(f"job.{name} is {value}" for name, value in {**named, "keep_window": job.keep_window}.items())
+        raise ConfigError(f"{found}; expected null for all, or keep_window and one of the others")
+    if job.keep_window is None:
+        return None
+    if job.keep_sinks is not None:
+        return SinksAndWindow(job.keep_sinks, job.keep_window)
+    if job.retrieve is not None or not all(spec.is_static for spec in layer_specs(config)):
+        found = f"job.keep_heaviest is {job.keep_heaviest}"
+        raise ConfigError(f"{found}; expected null, or attention without summaries and choices, and job.retrieve=null")
+    return HeaviestPages(int(job.keep_heaviest or 0), job.keep_window)
 
 
 def retrieved(config: Config) -> Quest | None:
