@@ -113,9 +113,17 @@ class LevelPlan:
 
     def tile(self, few: bool, block: int) -> tuple[int, int]:
         """(rows of a query tile, what its first position is a multiple of)."""
-        if few or (self.spec.select is not None and self.hierarchy.tile == 1):
+        if self.spec.select is None:
+            return (1 if few else block), 1
+        chunk = self.hierarchy.chunk
+        if few or self.hierarchy.tile == 1:
             return 1, 1
-        return (block, 1) if self.spec.select is None else (self.hierarchy.chunk, self.hierarchy.chunk)
+        return (chunk if block % chunk else block), chunk
+
+    def choice_tiles(self, tiles: Tiles, stop: Ints) -> Tiles:
+        """The tiles that choose, of the same rows. stop: int64 [sequences], where the new positions of each end."""
+        chunk = self.hierarchy.chunk
+        return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
     def visited(self, tiles: Tiles, slot: Ints, world_size: int) -> Placed:
         """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.

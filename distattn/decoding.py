@@ -47,7 +47,8 @@ RETRIEVED = dense()
 class _Group:
     """What layers of one spec share in a step.
 
-    plan: of what is visited beside tokens; None if nothing is. asking: by sequence, its tiles that choose.
+    plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
+    sequence.
     table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
     query tiles that attend to tokens alone; None if there is none.
     """
@@ -56,6 +57,7 @@ class _Group:
     tiles: Tiles
     routes: Routes
     table: TileTable
+    choosing: Tiles | None = None
     asking: tuple[Asking, ...] = ()
     summaries: TileTable | None = None
     blind: Tensor | None = None
@@ -180,13 +182,14 @@ class Step:
             assert isinstance(levels, CachedLevels)
             table: AnyTable | None = group.summaries
             if table is None:
-                assert choice is not None
-                table = plan.summary_table(choice, group.tiles, self._slots_there, cache.rank, cache.world_size)
+                assert choice is not None and group.choosing is not None
+                table = plan.summary_table(choice, group.choosing, self._slots_there, cache.rank, cache.world_size)
             parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
         if plan is not None and choice is not None:
+            assert group.choosing is not None
             sub_pages, first_of = self._sub_pages(plan.sub_page)
             own = cache.k[layer].shape[0] // plan.sub_page
-            table = plan.chosen_table(choice, group.tiles, sub_pages, first_of, own)
+            table = plan.chosen_table(choice, group.choosing, sub_pages, first_of, own)
             parts.append(attend_tiles(q, cache.k[layer], cache.v[layer], table, scale))
         if group.blind is not None:
             for out, lse in parts:
@@ -337,12 +340,14 @@ class Step:
             pages = cache.sequences * plan.rows // cache.block_k
             summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
         asking: tuple[Asking, ...] = ()
+        choosing = None
         if plan.spec.select is not None:
-            of = [tiles.first[tiles.sequence == number] for number in range(len(self.start))]
+            choosing = plan.choice_tiles(tiles, self.start + self.count)
+            of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
             asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
         blind = torch.from_numpy(plan.blind(tiles))
         on_device = blind.to(cache.device) if bool(blind.any()) else None
-        return _Group(plan, tiles, routes, table, asking, summaries, on_device)
+        return _Group(plan, tiles, routes, table, choosing, asking, summaries, on_device)
 
 
 def causal(pattern: Pattern) -> Pattern:

@@ -49,6 +49,18 @@ class Tiles(OnDevices):
     def __len__(self) -> int:
         return len(self.first)
 
+    def divided(self, block: int, last: Ints) -> Tiles:
+        """The same rows in smaller tiles.
+
+        last: int64 [sequences], first positions of the last tiles that have new rows; those behind are made like these.
+        """
+        if block == self.block:
+            return self
+        pieces = self.block // block
+        sequence = np.repeat(self.sequence, pieces)
+        first = (self.first[:, None] + np.arange(pieces) * block).ravel()
+        return Tiles(block, sequence, np.minimum(first, last[sequence]), self.place)
+
     @property
     def positions(self) -> NDArray[np.int32]:
         """int32 [tiles], of first rows."""

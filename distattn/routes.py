@@ -64,8 +64,12 @@ class Routes:
 
     @cached_property
     def stays_here(self) -> bool:
-        """Whether there is one rank, and the rows as they are make up its query tiles."""
-        return self.exchange.world_size == 1 and np.array_equal(self.place, np.arange(len(self.place)))
+        """Whether there is one rank, and the rows as they are make up its query tiles.
+
+        The last tile may be short; but not where smaller tiles choose, of which some would be behind all rows.
+        """
+        whole = self.places == len(self.place) or not self.everywhere
+        return self.exchange.world_size == 1 and whole and np.array_equal(self.place, np.arange(len(self.place)))
 
     def go(
         self, q: Tensor, k: Tensor, v: Tensor, plain: Tensor | None
