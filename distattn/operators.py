@@ -34,6 +34,16 @@ def agree(plan: Plan, batch: int, dtype: torch.dtype) -> None:
         _agreement.seek(plan.group_name, f"plan {plan.key} ({shape}), batch {batch}, {dtype}")
 
 
+def agree_on(group_name: str, what: str) -> None:
+    """Returns when all ranks of a group have said the same; see :class:`Agreement`."""
+    _agreement.seek(group_name, what)
+
+
+def refuse_in(group_name: str, why: str) -> None:
+    """Tells the other ranks of a group that this one is about to raise."""
+    _agreement.refuse(group_name, why)
+
+
 def refuse(plan: Plan, why: str) -> None:
     """Tells the other ranks that this one is about to raise."""
     if plan.group_name is not None and not torch.compiler.is_compiling():

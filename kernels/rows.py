@@ -218,6 +218,21 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
     return out * (lse - base).exp().unsqueeze(-1) + other_out * (other_lse - base).exp().unsqueeze(-1), union
 
 
+def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`merge` of any number of sets of keys.
+
+    Args:
+        outs: [sets, ..., value_dim] in the accumulator's dtype; 0 where a set has no key.
+        lses: [sets, ...]; -inf there.
+    """
+    highest = lses.amax(0)
+    base = highest.masked_fill(highest == -torch.inf, 0.0)
+    weights = (lses - base).exp()
+    total = weights.sum(0)
+    out = (outs * weights.unsqueeze(-1)).sum(0) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+    return out, base + total.log()
+
+
 def gate(parts: Sequence[Tensor], gates: Tensor) -> Tensor:
     """``sum_i sigmoid(gates[..., i]) parts[i]``, summed in the accumulator's dtype.
 
