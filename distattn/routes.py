@@ -127,7 +127,8 @@ class Routes:
         peers = [peer for peer in range(self.exchange.world_size) if peer != self.rank]
         sends = {p: torch.cat([x.flatten() for x in give(p)]) for p in peers if total(self.rank, p)}
         receives = {p: total(p, self.rank) for p in peers if total(p, self.rank)}
-        self.exchange.send("bring", "cache", sends, receives, q, deliver, pairs=False).wait()
+        into = q.new_empty(sum(receives.values()))
+        self.exchange.send("bring queries to the cache", "cache", sends, receives, into, deliver).wait()
         return asks, (self._slots, torch.cat(kept_k), torch.cat(kept_v)), pooled
 
     def come_back(self, parts: list[Part], mine: int) -> list[Part]:
@@ -164,7 +165,8 @@ class Routes:
         sends = {p: give(p) for p in peers if self._counts(p, self.rank)[0]}
         counts = {p: self._counts(self.rank, p)[0] for p in peers}
         receives = {p: count * heads * (dim + 1) * len(parts) for p, count in counts.items() if count}
-        self.exchange.send("return", "cache", sends, receives, out, deliver, pairs=False).wait()
+        into = out.new_empty(sum(receives.values()))
+        self.exchange.send("return results of the cache", "cache", sends, receives, into, deliver).wait()
         return [merge_all(outs[number], lses[number]) for number in range(len(parts))]
 
     def _counts(self, source: int, target: int) -> list[int]:
