@@ -382,7 +382,7 @@ def differ(context: Context) -> str:
 def test_ranks_whose_steps_differ_are_told(ranks: RankPool) -> None:
     said = ranks(2, differ)
     ranks.close()  # their connections are of no more use
-    assert all("bring cache, plan" in text for text in said), said
+    assert all("bring queries to the cache" in text for text in said), said
 
 
 def test_a_full_cache_refuses_before_anything_is_written() -> None:
