@@ -377,7 +377,7 @@ def measure_host(s: Setting, kernels: Sequence[KernelSpeed], mesh: Any) -> dict[
     def bring() -> None:
         exchange = Exchange(near.group_name, near.rank, Counter(), near.key)
         for transfer in stage.transfers:
-            exchange.bring(transfer, own, slots).wait()
+            exchange.bring("keys and values", transfer, own, slots).wait()
 
     found["exchange"] = median(bring, s, 20)[1]
     return found
