@@ -184,7 +184,7 @@ def test_job_plan_tells_of_several_numbers_of_ranks_and_what_was_assumed() -> No
     report = run(config, None)["report"]  # type: ignore[arg-type]
     lines = report.splitlines()
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()][1:] == ["2", "64"]
-    assert "nodes of 4 have 50 GB/s" in report and "drag: assumed" in report
+    assert "nodes of 4 have 50 GB/s" in report and "between_latency: " in report
     for change, message in (
         ("job.world_sizes=[2,100000]", "100000 ranks are too many"),
         ("cluster.gpus_per_node=0", "cluster.gpus_per_node is 0; expected at least 1"),
