@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distattn.cost import Machine, Prediction, Work, step_time
+from distattn.heads import HeadsPlan
 from distattn.kernels.attention import choose_by_shape
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def explain(plan: Plan, itemsize: int, machine: Machine) -> str:
     mean = sum(w.flops for w in work) / plan.world_size
     text = [
         plan.spec.text if len(plan.spec.text) < 400 else f"{plan.spec.text[:397]}...",
-        f"{plan.seq_len:,} tokens on {plan.world_size:,} ranks, layout {plan.layout.name}, schedule {plan.schedule}, "
+        f"{plan.seq_len:,} tokens on {plan.world_size:,} ranks, "
+        + (f"of which each {len(plan.plans)} exchange heads, " if isinstance(plan, HeadsPlan) else "")
+        + f"layout {plan.layout.name}, schedule {plan.schedule}, "
         f"{plan.heads} query and {plan.kv_heads} key/value heads of {plan.head_dim}, "
         f"tiles of {plan.block_q} x {plan.block_k}",
         "",
@@ -77,6 +80,9 @@ def peak_bytes(plan: Plan, rank: int, work: Work, itemsize: int) -> float:
     tokens = int(plan.layout.tokens()[rank])
     per_pair = (plan.head_dim + plan.value_dim) * itemsize
     held = tokens * (plan.heads + plan.kv_heads) * per_pair + tokens * plan.heads * wide
+    if isinstance(plan, HeadsPlan):
+        shard, at = divmod(rank, len(plan.plans))
+        return held + peak_bytes(plan.plans[at], shard, work, itemsize)
     guest_rows = work.guest_rows
     if plan.schedule == "ring":
         guest_rows = min(guest_rows, 2 * int(plan.layout.tokens().max()))
@@ -107,6 +113,9 @@ def _row(name: str, tokens: int, work: Work, memory: float, time: Prediction, pl
 
 
 def _stages(plan: Plan, itemsize: int) -> list[str]:
+    said = f"Stages of rank {plan.rank}"
+    if isinstance(plan, HeadsPlan):
+        said, plan = f"{said}, among the ranks that have its heads", plan.inner
     row_bytes = itemsize * (plan.head_dim + plan.value_dim)
     rows = []
     for number, stage in enumerate(plan.stages):
@@ -118,8 +127,7 @@ def _stages(plan: Plan, itemsize: int) -> list[str]:
         tiles = (table.full_pages + table.part_pages).reshape(table.tables, -1).sum(axis=1)
         total = sum(n * int(t) for n, t in zip(share, tiles, strict=True))
         rows.append((str(number), kinds, f"{sent / 1e6:,.2f}", f"{received / 1e6:,.2f}", f"{total:,}"))
-    lines = [f"Stages of rank {plan.rank}:"]
-    return lines + _table(("stage", "exchange", "sent MB", "received MB", "tiles"), rows)
+    return [f"{said}:"] + _table(("stage", "exchange", "sent MB", "received MB", "tiles"), rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
