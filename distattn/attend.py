@@ -206,8 +206,9 @@ def _hierarchical(
 
 def _corrected(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """Adds to rows what dense attention adds to the first row of each run of ``every``, if the spec has a Delta."""
-    if plan.correction is None:
+    if plan.spec.correction is None:
         return out
+    assert plan.correction is not None
     dense = _run(q, k, v, plan.correction, scale)[0]
     wide = torch.promote_types(out.dtype, torch.float32)
     moved = out.to(wide) + (dense.to(wide) - out.to(wide))[:, plan.on(q.device, "corrected_by")]

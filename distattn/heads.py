@@ -61,7 +61,7 @@ class HeadsPlan(Plan):
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        return (*super().group_names, *self.inner.group_names)
+        return tuple(name for name in (self.group_name, self.inner.group_name) if name is not None)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
