@@ -17,8 +17,8 @@ _ITEMSIZE = {"float64": 8, "float32": 4}
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Prints the plan's table, for rank 0 of `cluster.world_size` ranks."""
     assert isinstance(config.job, PlanConfig)
-    world = {"world_size": config.cluster.world_size or 1, "head_ranks": config.layout.head_ranks}
-    plan = make_plan(attention_spec(config), **world, rank=0, **plan_options(config))
+    ranks, head_ranks = config.cluster.world_size or 1, config.layout.head_ranks
+    plan = make_plan(attention_spec(config), world_size=ranks, rank=0, head_ranks=head_ranks, **plan_options(config))
     report = plan.explain(_ITEMSIZE.get(config.model.dtype, 2))
     if config.job.picture:
         report += f"\n\nPicture: {plan.picture(context.output_dir / 'plan.png')}"

@@ -98,10 +98,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         or not row.bytes_agree
     ]
     text = [f"{'preset':<28}ranks  forward   gradients  bfloat16  bytes as planned"]
-    for (name, shape), row in rows.items():
+    for (name, on), row in rows.items():
         low = f"{row.low_precision:.1e}" if CASES[name].select is None else "-      "
         errors = f"{row.forward:.1e}   {row.gradient:.1e}    {low}"
-        text.append(f"{name:<28}{shape:>5}  {errors}   {'yes' if row.bytes_agree else 'NO'}")
+        text.append(f"{name:<28}{on:>5}  {errors}   {'yes' if row.bytes_agree else 'NO'}")
     text.append(
         "\nRanks of n x m exchange heads by m. "
         f"Error is max|x - oracle| / max(1, max|oracle|), the largest over {len(LAYOUTS)} layouts and "
