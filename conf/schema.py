@@ -43,6 +43,24 @@ class TrainConfig(JobConfig):
 
 
 @dataclass
+class GenerateConfig(JobConfig):
+    """conf/job/generate.yaml."""
+
+    prompt: str | None = MISSING
+    samples: int = MISSING
+    new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    stop: str | None = MISSING
+    slice_tokens: int = MISSING
+    retrieve: int | None = MISSING
+    keep_sinks: int | None = MISSING
+    keep_heaviest: int | None = MISSING
+    keep_window: int | None = MISSING
+    checkpoint: str | None = MISSING
+
+
+@dataclass
 class VerifyConfig(JobConfig):
     """conf/job/verify.yaml."""
 
@@ -55,6 +73,8 @@ class PlanConfig(JobConfig):
     """conf/job/plan.yaml."""
 
     picture: bool = MISSING
+    machine: str = MISSING
+    world_sizes: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -144,6 +164,7 @@ class ClusterConfig:
     """The machines of a plan on paper."""
 
     world_size: int | None = None
+    gpus_per_node: int | None = None
 
 
 @dataclass
@@ -176,6 +197,7 @@ def register() -> None:
         "config": Config,
         "prefill": PrefillConfig,
         "train": TrainConfig,
+        "generate": GenerateConfig,
         "verify": VerifyConfig,
         "plan": PlanConfig,
         "custom": CustomJobConfig,

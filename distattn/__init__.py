@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distattn import nn, patterns, presets, reference
     from distattn.attend import Selection, attend, select
+    from distattn.cache import Cache
     from distattn.errors import ConfigError, DistattnError, PeerLost, PlanMismatch, StepTimeout
     from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
     from distattn.plan import Plan, make_plan
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionExtras",
     "AttentionPool",
     "AttentionSpec",
+    "Cache",
     "ConfigError",
     "Delta",
     "DistattnError",
@@ -55,6 +57,7 @@ _MODULE_OF = {
     "AttentionExtras": "extras",
     "AttentionPool": "extras",
     "AttentionSpec": "spec",
+    "Cache": "cache",
     "ConfigError": "errors",
     "DistattnError": "errors",
     "PeerLost": "errors",

@@ -13,7 +13,7 @@ from distattn.layout import Layout
 from distattn.levels import OnDevices
 from distattn.messages import Message, Transfer, join_runs, to_everyone
 from distattn.outline import Outline, guest_pages
-from distattn.spans import Ints, Spans
+from distattn.spans import Bools, Ints, Spans
 from distattn.tiles import Extents, assemble
 
 
@@ -21,27 +21,39 @@ from distattn.tiles import Extents, assemble
 class Stage:
     """One exchange and the tiles that it completes.
 
-    transfers: what to bring into the guest buffer, of ``guest_rows`` rows.
+    shared, pages: what to bring into the guest buffer, of ``guest_rows`` rows: gathered keys, which nearly all tiles
+        visit and which come first, as ``shared_pages`` pages; and pages of other ranks.
     table: what the rank's query tiles visit in this stage.
     kv_heads: the key/value heads that the stage is about; transfers and table count heads from the first of them.
     resumes: whether query tiles go on from what earlier stages made of them.
     """
 
-    transfers: tuple[Transfer, ...]
+    shared: Transfer | None
+    pages: Transfer | None
+    shared_pages: int
     guest_rows: int
     table: TileTable
     kv_heads: range
     resumes: bool
 
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """All of them, in the order in which they begin."""
+        return tuple(transfer for transfer in (self.shared, self.pages) if transfer is not None)
+
     @cached_property
     def alone(self) -> TileTable:
-        """The table of the query tiles that visit the rank's own pages only."""
-        return self.table.subset(~self.table.visits_guests)
+        """The table of the query tiles that visit the rank's own pages and gathered keys only."""
+        return self.table.subset(~self._visits_pages)
 
     @cached_property
     def with_guests(self) -> TileTable:
-        """The table of the query tiles that visit guest pages, with all that they visit."""
-        return self.table.subset(self.table.visits_guests)
+        """The table of the query tiles that visit pages of other ranks, with all that they visit."""
+        return self.table.subset(self._visits_pages)
+
+    @cached_property
+    def _visits_pages(self) -> Bools:
+        return self.table.visits_from(self.table.own_pages + self.shared_pages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +122,8 @@ class ArenaBuilder:
         for group, guests in zip(self.kv_groups, self.guests, strict=True):
             pages = _row(guests, self.rank)
             pages = pages[np.isin(self.page_owner[pages], sources)]
+            # By owner: what comes from all of them is then in one piece, and received where it is read.
+            pages = pages[np.argsort(self.page_owner[pages], kind="stable")]
             guest = Extents.of(pages, len(self.my_pages) + base)
             extents.append(self.own.joined(guest) if own else guest)
             heads = tuple(head - kv_heads.start for head in group if head in kv_heads)
@@ -128,12 +142,12 @@ class ArenaBuilder:
         sends.sort(key=lambda m: m.peer)
         receives.sort(key=lambda m: m.peer)
         shared = self._gather(self.outline.sharing.keys, tuple(range(len(kv_heads)))) if own else None
-        transfers = [] if shared is None else [shared]
+        transfer = None
         if self.world_size > 1 and distance != 0:
             kind = self._direct_kind if distance is None else "neighbours"
-            transfers.append(Transfer(kind, tuple(sends), tuple(receives)))
+            transfer = Transfer(kind, tuple(sends), tuple(receives))
         table = self._table(extents, own, guest_pages, kv_heads)
-        return Stage(tuple(transfers), guest_pages * self.blocks[1], table, kv_heads, bool(distance))
+        return Stage(shared, transfer, base, guest_pages * self.blocks[1], table, kv_heads, bool(distance))
 
     @cached_property
     def _direct_kind(self) -> str:

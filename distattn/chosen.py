@@ -4,6 +4,9 @@ Each chunk comes once a rank, and only to the ranks and heads that chose it. A r
 are attended while others are on theirs. These come in one round; but where some rank wants more than half of what the
 others have, in a round for each other rank, so that two guest buffers of one owner's chunks are enough. (A ring that
 passes whole shards on would send no less: from its owner a chunk comes to those alone who chose it.)
+
+Ranks ask with a byte for each chunk and head of the other. The host learns only how many come and go; which, and where
+they lie, stays on the device.
 """
 
 from __future__ import annotations
@@ -11,49 +14,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distattn.exchange import Exchange, Pending
 from distattn.hierarchy import Hierarchy
 from distattn.kernels.attention import Pages
+from distattn.kernels.rows import add_chunks, take_chunks
 from distattn.kernels.selected import SelectedTable
 from distattn.plan import Plan
-from distattn.spans import Ints
 
 # Of what other ranks have: if one wants more than this, chunks come in several rounds.
 _MUCH = 0.5
+
+
+class Asked(NamedTuple):
+    """What ranks asked of each other.
+
+    counts: int64 [2 world_size + 1], on the host: how many chunks this rank asks of each rank, how many each asks of
+        it, and the most that any rank asks of all.
+    given: uint8 [world_size - 1, kv_heads x own chunks]: what the others ask of this rank, by rank.
+    """
+
+    counts: Tensor
+    given: Tensor
+
+    @staticmethod
+    def nothing(device: torch.device) -> Asked:
+        """Of a rank that is alone."""
+        return Asked(torch.zeros(3, dtype=torch.int64), torch.zeros((0, 0), dtype=torch.uint8, device=device))
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
     """What comes together.
 
-    take: int64 [n, 2], the (key/value head, chunk) that come to this rank, by owner. take_from: how many, by owner.
-    give: int64 [m, 2], those that this rank sends, by who asked. give_to: how many, by who asked.
+    take: int64 [n], the numbers (head x chunks + chunk) of what comes to this rank, by owner; each is a guest page.
+    take_from: how many, by owner.
+    give: int64 [m], those that this rank sends, by who asked. give_to: how many, by who asked.
     """
 
-    take: Ints
+    take: Tensor
     take_from: dict[int, int]
-    give: Ints
+    give: Tensor
     give_to: dict[int, int]
-
-    @cached_property
-    def slot(self) -> Ints:
-        """int64 [n]: the guest page of each that comes, among those of its head."""
-        order = np.argsort(self.take[:, 0], kind="stable")
-        by_head = np.bincount(self.take[:, 0])
-        slot = np.empty(len(order), np.int64)
-        slot[order] = np.arange(len(order)) - np.repeat(np.cumsum(by_head) - by_head, by_head)
-        return slot
-
-    @property
-    def pages(self) -> int:
-        """Guest pages that it needs."""
-        return int(self.slot.max(initial=-1)) + 1
 
 
 class ChosenChunks:
@@ -66,146 +72,162 @@ class ChosenChunks:
             come here together, and wait for the device.
 
     Attributes:
-        asked: int64 [..], on the host: what ranks asked of each other, for the way back.
+        asked: for the way back.
         rounds: in which they come from other ranks. Tables count the rank's own chunks as number 0, these from 1.
     """
 
-    def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor, asked: Tensor | None) -> None:
+    def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor, asked: Asked | None) -> None:
         assert plan.hierarchy is not None
         self._plan, self._exchange, self._chosen = plan, exchange, chosen
         self._hierarchy: Hierarchy = plan.hierarchy
         self.asked = self._ask() if asked is None else asked
         self.rounds = tuple(self._made_rounds())
 
-    @property
-    def comes_at_once(self) -> bool:
-        """Whether all that comes lies in one guest buffer, which can be kept for the backward pass."""
-        return len(self.rounds) <= 1
+    def guest_numel(self, number: int, of: Pages) -> tuple[int, int]:
+        """Elements of the guest buffers of K and of V in a round, from 1, for such own K and V."""
+        chunks, batch = sum(self.rounds[number - 1].take_from.values()), of.k.shape[0]
+        return tuple(chunks * batch * self._hierarchy.chunk * x.shape[3] for x in of)  # type: ignore[return-value]
 
-    def guest_rows(self, number: int) -> int:
-        """Rows of the guest buffer in a round, from 1."""
-        return self.rounds[number - 1].pages * self._hierarchy.chunk
+    def guests(self, buffers: tuple[Tensor, Tensor], of: Pages) -> Pages:
+        """Flat buffers of K and of V (or of their gradients) as guests, for such own K and V.
+
+        A buffer holds [chunks, batch, chunk, dim]. All heads see all pages, of which each visits its own.
+        """
+        batch, _, heads, _ = of.k.shape
+        chunk = self._hierarchy.chunk
+        found = []
+        for x, y in zip(buffers, of, strict=True):
+            dim = y.shape[3]
+            rows = max(x.numel() // (chunk * dim) - batch + 1, 0) * chunk  # of one of the batch, to its last page
+            found.append(x.as_strided((batch, rows, heads, dim), (chunk * dim, dim, 0, 1)))
+        return Pages(*found)
 
     def tables(self, number: int) -> list[SelectedTable]:
         """What tiles visit in a round, of own pages (0) or of guests (from 1): one table a row of the batch."""
-        chunk, chosen, plan = self._hierarchy.chunk, self._chosen, self._plan
+        hierarchy, chosen, plan = self._hierarchy, self._chosen, self._plan
+        chunk, (batch, tables, tiles, _) = hierarchy.chunk, chosen.shape
         own_pages = -(-plan.tokens // chunk)
+        guest_pages = 0
         if number == 0:
-            guest_pages = 0
-            place = self._hierarchy.on(chosen.device, "own_page").expand(plan.kv_heads, -1)
+            place = hierarchy.on(chosen.device, "own_page").expand(plan.kv_heads, -1)
         else:
-            some = self.rounds[number - 1]
-            guest_pages = some.pages
-            at = np.full((plan.kv_heads, self._hierarchy.chunks), -1, np.int64)
-            at[some.take[:, 0], some.take[:, 1]] = own_pages + some.slot
-            place = torch.from_numpy(at).to(chosen.device)
-        share = chosen.shape[1] // plan.kv_heads
-        head = torch.arange(chosen.shape[1], device=chosen.device) // share
+            take = self.rounds[number - 1].take
+            guest_pages = max(batch * (len(take) - 1) + 1, 0)
+            place = chosen.new_full((plan.kv_heads * hierarchy.chunks,), -1, dtype=torch.int64)
+            place[take] = own_pages + batch * torch.arange(len(take), device=chosen.device)
+            place = place.view(plan.kv_heads, -1)
+        head = torch.arange(tables, device=chosen.device) // (tables // plan.kv_heads)
         pages = place[head[None, :, None, None], chosen.clamp_min(0).long()]
         pages = torch.where(chosen < 0, -1, pages).int()
-        hierarchy, tiles, masks = self._hierarchy, chosen.shape[2], self._masks
-        return [
-            SelectedTable(
-                hierarchy.tile,
-                chunk,
-                tiles,
-                own_pages,
-                guest_pages,
-                hierarchy.head_table,
-                pages[b],
-                None if masks is None else masks[b],
+        blocks = hierarchy.tile, chunk, tiles, own_pages, guest_pages, hierarchy.head_table
+        masks = self._masks
+        return [SelectedTable(*blocks, pages[b], None if masks is None else masks[b]) for b in range(batch)]
+
+    def bring(self, number: int, own: Pages, buffers: tuple[Tensor, Tensor], again: str = "") -> list[Pending]:
+        """Starts to bring what comes in a round, from 1, into flat buffers of K and of V.
+
+        again: names it otherwise in a backward pass.
+        """
+        some, chunk = self.rounds[number - 1], self._hierarchy.chunk
+        page, head = self._own_places(some.give)
+        pending = []
+        for what, x, into in zip(("keys", "values"), own, buffers, strict=True):
+            taken = take_chunks(x, page, head, chunk)
+            pending.append(self._send(f"bring chosen {what}{again}", taken, some.give_to, some.take_from, into))
+        return pending
+
+    def take_home(self, number: int, d_guests: tuple[Tensor, Tensor], d_own: Pages) -> list[Pending]:
+        """Starts to send the gradients of a round's guests, flat, to the owners, who add them to ``d_own``."""
+        some, chunk = self.rounds[number - 1], self._hierarchy.chunk
+        page, head = self._own_places(some.give)
+        pending = []
+        for what, x, total in zip(("keys", "values"), d_guests, d_own, strict=True):
+            came = x.new_empty((len(page), total.shape[0], chunk, total.shape[3]))
+
+            def add(_: dict[int, Tensor], came: Tensor = came, total: Tensor = total) -> None:
+                first = 0
+                # Rank by rank: no chunk comes twice from one, and the order is always the same.
+                for count in some.give_to.values():
+                    mine = slice(first, first + count)
+                    add_chunks(total, page[mine], head[mine], came[mine])
+                    first += count
+
+            pages = x.view(-1, total.shape[0], chunk, total.shape[3])
+            pending.append(
+                self._send(
+                    f"return gradients of chosen {what}", pages, some.take_from, some.give_to, came.flatten(), add
+                )
             )
-            for b in range(len(chosen))
-        ]
+        return pending
 
-    def bring(self, number: int, own: Pages, guests: Pages) -> Pending:
-        """Starts to bring what comes in a round, from 1, to the front of a guest buffer."""
-        some, chunk = self.rounds[number - 1], self._hierarchy.chunk
-        page, head = self._given(some, own.k.device)
-        rows = torch.cat([_taken(_by_chunk(x, chunk), page, head) for x in own], dim=1)
-        slot, to_head = (torch.from_numpy(x).to(own.k.device) for x in (some.slot, some.take[:, 0].copy()))
-        batch = own.k.shape[0]
-        widths = [batch * chunk * x.shape[3] for x in own]
+    def _send(self, way, chunks, sends, comes, into, deliver=lambda got: None) -> Pending:  # type: ignore[no-untyped-def]
+        """Sends chunks by peer; ``sends`` and ``comes`` say how many."""
+        one = chunks[0].numel() if len(chunks) else into.numel() // max(sum(comes.values()), 1)
+        parts = (
+            {peer: x.flatten() for peer, x in zip(sends, chunks.split([*sends.values()]), strict=True)} if sends else {}
+        )
+        sizes = {peer: count * one for peer, count in comes.items()}
+        return self._exchange.send(way, "selected", parts, sizes, into[: sum(sizes.values())], deliver)
 
-        def arrive(got: dict[int, Tensor]) -> None:
-            if not len(slot):
-                return
-            flat = torch.cat([got[peer] for peer in some.take_from]).view(len(slot), -1)
-            for x, part in zip(guests, flat.split(widths, dim=1), strict=True):
-                pages = x[:, : some.pages * chunk].unflatten(1, (some.pages, chunk))
-                pages[:, slot, :, to_head] = part.view(-1, batch, chunk, x.shape[3])
-
-        sizes = {peer: count * sum(widths) for peer, count in some.take_from.items()}
-        return self._send("bring", _flat(rows, some.give_to), sizes, rows, arrive)
-
-    def take_home(self, number: int, d_guests: Pages, d_own: Pages) -> Pending:
-        """Starts to send the gradients of a round's guests to the owners, who add them to ``d_own``."""
-        some, chunk = self.rounds[number - 1], self._hierarchy.chunk
-        device, batch = d_guests.k.device, d_guests.k.shape[0]
-        slot, head = (torch.from_numpy(x).to(device) for x in (some.slot, some.take[:, 0].copy()))
-        rows = torch.cat([_taken(_by_chunk(x, chunk), slot, head) for x in d_guests], dim=1)
-        page, to_head = self._given(some, device)
-        widths = [batch * chunk * x.shape[3] for x in d_own]
-
-        def arrive(got: dict[int, Tensor]) -> None:
-            first = 0
-            # Rank by rank: no chunk comes twice from one, and the order is always the same.
-            for peer, count in some.give_to.items():
-                mine = slice(first, first + count)
-                parts = got[peer].view(count, -1).split(widths, dim=1)
-                for x, part in zip(d_own, parts, strict=True):
-                    total = _by_chunk(x, chunk)
-                    total[:, page[mine], :, to_head[mine]] += part.view(count, batch, chunk, x.shape[3])
-                    if x.shape[1] % chunk:  # then it was a copy
-                        x.copy_(total.flatten(1, 2)[:, : x.shape[1]])
-                first += count
-
-        sizes = {peer: count * sum(widths) for peer, count in some.give_to.items()}
-        return self._send("return", _flat(rows, some.take_from), sizes, rows, arrive)
-
-    def _send(self, way, sends, sizes, like, arrive) -> Pending:  # type: ignore[no-untyped-def]
-        return self._exchange.send(way, "selected", sends, sizes, like, arrive, pairs=not self.comes_at_once)
-
-    def _ask(self) -> Tensor:
-        hierarchy, plan, chosen = self._hierarchy, self._plan, self._chosen
-        if plan.world_size == 1:
-            return torch.zeros(0, dtype=torch.int64)
-        head, chunk = np.nonzero(wanted_chunks(chosen, hierarchy).cpu().numpy())
-        owner = hierarchy.chunk_owner[chunk]
-        order = np.flatnonzero(owner != plan.rank)
-        order = order[np.argsort(owner[order], kind="stable")]
-        want = np.stack((head, chunk), axis=1)[order]
-        counts = np.bincount(owner[order], minlength=plan.world_size)
-        matrix, given = self._exchange.ask(torch.from_numpy(want).to(chosen.device), counts.tolist(), "selected")
-        return torch.cat((matrix.flatten(), torch.from_numpy(want).flatten(), given.cpu().flatten()))
+    def _ask(self) -> Asked:
+        hierarchy, plan, device = self._hierarchy, self._plan, self._chosen.device
+        world, rank = plan.world_size, plan.rank
+        if world == 1:
+            return Asked.nothing(device)
+        wanted = wanted_chunks(self._chosen, hierarchy).flatten()[hierarchy.on(device, "pairs_by_owner")]
+        edges = hierarchy.pairs_of_owner
+        wanted[edges[rank] : edges[rank + 1]] = False
+        total = wanted.sum()
+        header = total.view(1).view(torch.uint8)
+        bits = wanted.view(torch.uint8)
+        others = [peer for peer in range(world) if peer != rank]
+        sends = {peer: torch.cat((header, bits[edges[peer] : edges[peer + 1]])) for peer in others}
+        size = len(header) + int(edges[rank + 1] - edges[rank])
+        came = bits.new_empty((world - 1, size))
+        self._exchange.send("ask for chunks", "selected", sends, dict.fromkeys(others, size), came.flatten()).wait()
+        given = came[:, len(header) :].contiguous()
+        totals = came[:, : len(header)].reshape(-1).clone().view(torch.int64)
+        most = torch.cat((total.view(1), totals)).max()
+        before = torch.cat((total.new_zeros(1), wanted.cumsum(0)))[hierarchy.on(device, "pairs_of_owner")]
+        asked_of_me = given.sum(1, dtype=torch.int64)
+        mine = torch.cat((asked_of_me[:rank], total.new_zeros(1), asked_of_me[rank:]))
+        return Asked(torch.cat((before.diff(), mine, most.view(1))).cpu(), given)
 
     def _made_rounds(self) -> Iterator[Round]:
-        world, rank = self._plan.world_size, self._plan.rank
+        hierarchy, plan = self._hierarchy, self._plan
+        world, rank, device = plan.world_size, plan.rank, self._chosen.device
         if world == 1:
             return
-        asked = self.asked.numpy()
-        counts, ids = asked[: world * world].reshape(world, world), asked[world * world :].reshape(-1, 2)
-        take_ptr = np.concatenate(([0], np.cumsum(counts[rank])))
-        give_ptr = take_ptr[-1] + np.concatenate(([0], np.cumsum(counts[:, rank])))
+        counts = self.asked.counts.tolist()
+        take, give, most = counts[:world], counts[world : 2 * world], counts[-1]
         others = [(rank + distance) % world for distance in range(1, world)]
-        # The same answer on every rank: all know all counts.
-        if counts.sum(axis=1).max() <= _MUCH * self._plan.kv_heads * self._hierarchy.chunks * (world - 1) / world:
+        # The same answer on every rank: all know the most.
+        if most <= _MUCH * plan.kv_heads * hierarchy.chunks * (world - 1) / world:
             groups = [(sorted(others), sorted(others))]
         else:
             # In round s this rank receives from the one s before it, and sends to the one s after it.
             groups = [([owner], [asks]) for owner, asks in zip(others[::-1], others, strict=True)]
+        pairs, edges = hierarchy.on(device, "pairs_by_owner"), hierarchy.pairs_of_owner
+        wanted = wanted_chunks(self._chosen, hierarchy).flatten()[pairs]
+        mine = slice(int(edges[rank]), int(edges[rank + 1]))
+        wanted[mine] = False
+        own_pairs = pairs[mine]
         for owners, askers in groups:
+            first, stop = (0, len(wanted)) if len(owners) > 1 else edges[owners[0] : owners[0] + 2]
+            here = _true(wanted[first:stop], sum(take[r] for r in owners)) + first
+            rows = [asker - (asker > rank) for asker in askers]
+            to = _true(self.asked.given[rows].flatten() > 0, sum(give[r] for r in askers))
             yield Round(
-                np.concatenate([ids[take_ptr[r] : take_ptr[r + 1]] for r in owners]),
-                {r: n for r in owners if (n := int(counts[rank, r]))},
-                np.concatenate([ids[give_ptr[r] : give_ptr[r + 1]] for r in askers]),
-                {r: n for r in askers if (n := int(counts[r, rank]))},
+                pairs[here],
+                {r: take[r] for r in owners if take[r]},
+                own_pairs[to % max(len(own_pairs), 1)],
+                {r: give[r] for r in askers if give[r]},
             )
 
-    def _given(self, some: Round, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(own pages, heads) of what this rank sends."""
-        page = self._hierarchy.own_page[some.give[:, 1]]
-        return torch.from_numpy(page).to(device), torch.from_numpy(some.give[:, 0].copy()).to(device)
+    def _own_places(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """(own pages, heads) of some of this rank's chunks."""
+        chunks = self._hierarchy.chunks
+        return self._hierarchy.on(numbers.device, "own_page")[numbers % chunks], numbers // chunks
 
     @cached_property
     def _masks(self) -> Tensor | None:
@@ -237,21 +259,6 @@ def wanted_chunks(chosen: Tensor, hierarchy: Hierarchy) -> Tensor:
     return by_head
 
 
-def _by_chunk(x: Tensor, chunk: int) -> Tensor:
-    """[batch, chunks, chunk, heads, dim]: a view where all chunks are whole, else a copy that ends with zeros."""
-    missing = -x.shape[1] % chunk
-    whole = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-    by_chunk: Tensor = whole.unflatten(1, (-1, chunk))
-    return by_chunk
-
-
-def _taken(x: Tensor, page: Tensor, head: Tensor) -> Tensor:
-    """[n, batch * chunk * dim]: chunks of heads."""
-    rows: Tensor = x[:, page, :, head]
-    return rows.reshape(len(page), x.shape[0] * x.shape[2] * x.shape[4])
-
-
-def _flat(rows: Tensor, counts: dict[int, int]) -> dict[int, Tensor]:
-    """Rows of several peers, in their order, as one flat tensor for each."""
-    parts = rows.split(list(counts.values())) if counts else ()
-    return {peer: part.flatten() for peer, part in zip(counts, parts, strict=True)}
+def _true(mask: Tensor, count: int) -> Tensor:
+    """int64 [count]: where a mask, which has so many, is true. The device is not waited for."""
+    return (~mask).to(torch.uint8).sort(stable=True)[1][:count]

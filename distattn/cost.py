@@ -1,37 +1,17 @@
-"""How long a step takes on a machine, from what a rank computes, sends and receives. Nothing is run.
+"""What a rank computes, sends and receives, and how a pass that does it goes through time. Nothing is run.
 
-A step takes as long as the longer of its arithmetic and its messages, since the exchange runs while tiles that need no
-guest are computed, plus what cannot overlap: the latency of the exchange.
+A pass is simulated as it is written in passes.py: kernels run one after the other on one stream, exchanges on another,
+started as early as passes start them; who waits for what has not come loses time. A GPU that is faster than its host
+waits for the host.
 """
 
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+import numpy as np
 
-@dataclass(frozen=True)
-class Machine:
-    """Speeds of one rank.
-
-    flops: floating-point operations a second that the tile kernel reaches.
-    bandwidth: bytes a second that a rank sends, and at the same time receives.
-    latency: seconds that an exchange takes at least.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    latency: float
-
-    @staticmethod
-    def h100() -> Machine:
-        """An H100 with NVLink: 600 TFLOP/s in bf16 tiles, 200 GB/s, 50 microseconds. Assumed, not measured."""
-        return Machine("H100, NVLink (assumed)", 600e12, 200e9, 50e-6)
-
-    @staticmethod
-    def cpu() -> Machine:
-        """One core in float32 with gloo on loopback: 60 GFLOP/s, 1 GB/s, 1 millisecond. Assumed, not measured."""
-        return Machine("one CPU core, gloo (assumed)", 60e9, 1e9, 1e-3)
+from distattn.machine import Floats, Machine
 
 
 @dataclass(frozen=True)
@@ -58,26 +38,135 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds. ``bound`` says which part is the longest: "compute", "exchange" or "latency"."""
+    """Seconds of a pass, each float64 [ranks].
 
-    compute: float
-    exchange: float
-    latency: float
+    total: of the pass. compute: of tile kernels and of choosing chunks. copies: of packing, unpacking, casting, zeros
+    and whatever else only moves numbers on the device. exchange: of what travels, whether or not it is hidden.
+    exposed: of waiting for it, and what it costs the kernels beside it. host: of the host, which is beside all this.
+    """
+
+    total: Floats
+    compute: Floats
+    copies: Floats
+    exchange: Floats
+    exposed: Floats
+    host: Floats
 
     @property
-    def total(self) -> float:
-        return max(self.compute, self.exchange) + self.latency
+    def slowest(self) -> int:
+        """The rank that takes longest."""
+        return int(self.total.argmax())
 
     @property
-    def bound(self) -> str:
-        return max(("compute", "exchange", "latency"), key=lambda name: getattr(self, name))
+    def seconds(self) -> float:
+        """Of the slowest rank."""
+        return float(self.total.max())
+
+    def bound(self, rank: int) -> str:
+        """What it is bound by: "host", "exchange" (where this is waited for longer than anything is computed or
+        moved), "copies" or "compute"."""
+        if self.host[rank] >= self.total[rank]:
+            return "host"
+        names = ("compute", "exposed", "copies")
+        longest = max(names, key=lambda name: float(getattr(self, name)[rank]))
+        return "exchange" if longest == "exposed" else longest
+
+    def plus(self, other: Prediction) -> Prediction:
+        """Both, one after the other."""
+        return Prediction(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def step_time(machine: Machine, work: Work) -> Prediction:
-    """The time of one rank's forward pass."""
-    travels = max(work.bytes_sent, work.bytes_received)
-    return Prediction(
-        compute=work.flops / machine.flops,
-        exchange=travels / machine.bandwidth,
-        latency=machine.latency if travels else 0.0,
-    )
+class Timeline:
+    """A pass of all ranks, as it goes on.
+
+    group: so many ranks in a row take part in each collective; default: all.
+
+    now: float64 [ranks], when the stream of kernels is done with what was given to it. line: the same of exchanges.
+    """
+
+    def __init__(self, machine: Machine, world_size: int, group: int | None = None) -> None:
+        self.machine, self.world_size, self.group = machine, world_size, group or world_size
+        self.now, self.line = np.zeros((2, world_size))
+        self._compute, self._copies, self._exchange, self._exposed, self._host = np.zeros((5, world_size))
+
+    def compute(self, seconds: Floats, host: float, backward: bool = False) -> None:
+        """Kernels, of a backward pass or a forward one. host: seconds that the host needs to launch them."""
+        drag = self.machine.drag["backward" if backward else "forward"]
+        beside = np.clip(self.line - self.now, 0.0, seconds)
+        self.now = self.now + seconds + drag * beside
+        self._compute += seconds
+        self._exposed += drag * beside
+        self._host += np.where(seconds > 0, host, 0.0)
+
+    def copy(self, nbytes: Floats | float, pack: bool = False, launches: int = 1) -> None:
+        """Moves bytes, read and written ones counted, on the device."""
+        moved = np.broadcast_to(np.asarray(nbytes, np.float64), (self.world_size,))
+        seconds = moved / (self.machine.pack if pack else self.machine.copy)
+        self.now = self.now + seconds
+        self._copies += seconds
+        self._host += np.where(moved > 0, launches * self.machine.host["launch"], 0.0)
+
+    def start(
+        self, kind: str, nbytes: Floats, distance: int | None = None, abroad: float = 1.0, messages: int = 1
+    ) -> Floats:
+        """Starts exchanges when all who take part are there; when they are done on each rank.
+
+        nbytes: that a rank sends, or receives if that is more, in so many messages one after the other.
+        distance: between the ranks of a pair.
+        abroad: share of the bytes that goes between nodes, where there are several.
+        """
+        begin = np.maximum(self.now, self.line)
+        if kind == "neighbours":
+            step = distance or 1
+            peers = np.maximum(np.roll(begin, step), np.roll(begin, -step))
+            begin = np.where(nbytes > 0, np.maximum(begin, peers), begin)
+        else:
+            begin = self._latest(begin)
+        seconds = messages * self.machine.travels(kind, nbytes / messages, self.group, abroad)
+        if kind != "neighbours":
+            seconds = self._latest(seconds)
+        self.line = begin + seconds
+        self._exchange += seconds
+        self._host += messages * self.machine.host["exchange"]
+        return self.line
+
+    def _latest(self, seconds: Floats) -> Floats:
+        """Of all who take part."""
+        return seconds.reshape(-1, self.group).max(axis=1).repeat(self.group)
+
+    def within(self, part: Prediction) -> None:
+        """A whole pass, of which nothing is under way at its end."""
+        self.now = self.now + part.total
+        for x, y in zip(self._sums, (part.compute, part.copies, part.exchange, part.exposed, part.host), strict=True):
+            x += y
+
+    def wait(self, done: Floats) -> None:
+        """Until something that was started is done."""
+        late = np.maximum(done - self.now, 0.0)
+        self._exposed += late
+        self.now = self.now + late
+
+    def rest(self, seconds: float) -> None:
+        """The device waits for the host."""
+        self._exposed += seconds
+        self.now = self.now + seconds
+
+    def mark(self) -> tuple[Floats, ...]:
+        """Where it stands, for :meth:`go_on`."""
+        return self.now, self.line, *(x.copy() for x in self._sums)
+
+    def go_on(self, mark: tuple[Floats, ...], times: int) -> None:
+        """What came since the mark, so many times more."""
+        self.now, self.line = (x + times * (x - y) for x, y in zip((self.now, self.line), mark, strict=False))
+        for x, y in zip(self._sums, mark[2:], strict=True):
+            x += times * (x - y)
+
+    @property
+    def _sums(self) -> tuple[Floats, ...]:
+        return self._compute, self._copies, self._exchange, self._exposed, self._host
+
+    def end(self, host: float) -> Prediction:
+        """What it comes to. host: seconds of the host beside launches and exchanges."""
+        busy = self._host + host
+        total = np.maximum(self.now, busy)
+        return Prediction(total, self._compute, self._copies, self._exchange, self._exposed, busy)

@@ -33,6 +33,10 @@ class NotFinite(DistattnError, ArithmeticError):
     """A loss or a gradient is infinite or not a number; raised on every rank, before parameters are changed by it."""
 
 
+class CacheFull(DistattnError, RuntimeError):
+    """A cache has no room for what should be written; nothing was."""
+
+
 class ServiceBusy(DistattnError, RuntimeError):
     """As many requests wait for the service as may wait; ask again later."""
 

@@ -7,14 +7,14 @@ torch.distributed; the plan foretells the same number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.kernels.rows import pack_rows, split_rows, unpack_rows
+from distattn.kernels.rows import pack_rows, rows_in_place, split_rows, unpack_rows
 from distattn.messages import Message, Transfer
 from distattn.watch import Stage, Watch, watch_of
 
@@ -62,6 +62,17 @@ class Pending:
         if finish is not None:
             finish()
 
+    @staticmethod
+    def all(parts: Iterable[Pending]) -> Pending:
+        """Several, which were started in this order."""
+        started = list(parts)
+
+        def finish() -> None:
+            for part in started:
+                part.wait()
+
+        return Pending(finish)
+
 
 class Exchange:
     """Moves rows between the ranks of a process group.
@@ -81,37 +92,43 @@ class Exchange:
         self.world_size = 1 if self.group is None else self.group.size()
         self.counter = counter
 
-    def bring(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
+    def bring(self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
         """Starts to bring rows of all ranks' ``sources`` into this rank's ``targets``.
 
+        Nothing is copied here where a single tensor's rows lie in one piece.
+
         Args:
+            what: of what; equal on all ranks, and other for what must not be taken for it.
             sources: one or more tensors [batch, rows, heads, dim] of one dtype, such as K and V.
             targets: the same with the rows of the guest buffer.
         """
         if transfer.kind == "all_gather":
-            return self._all_gather(transfer, sources, targets)
+            return self._all_gather(what, transfer, sources, targets)
         for message in transfer.sends:
             if message.peer == self.rank:
                 # A message to itself: both sides are here.
                 unpack_rows(targets, _mine(transfer.receives, self.rank).places, pack_rows(sources, message.places))
-        sends = _by_peer(transfer.sends, self.rank, lambda m: pack_rows(sources, m.places))
+        sends = _by_peer(transfer.sends, self.rank, lambda m: _flat(sources, m))
         sizes = _sizes(transfer.receives, self.rank, targets)
+        into = _in_place(targets, [m for m in transfer.receives if m.peer != self.rank])
+        if into is not None:
+            return self.send(f"bring {what}", transfer.kind, sends, sizes, into)
         return self.send(
-            "bring",
-            transfer.kind,
-            sends,
-            sizes,
-            targets[0],
+            f"bring {what}", transfer.kind, sends, sizes, targets[0].new_empty(sum(sizes.values())),
             lambda got: self._place(transfer, targets, got),
-            pairs=transfer.kind == "neighbours",
-        )
+        )  # fmt: skip
 
     def take_home(
-        self, transfer: Transfer, guests: Sequence[Tensor], receive: Callable[[Message, list[Tensor]], None]
+        self,
+        what: str,
+        transfer: Transfer,
+        guests: Sequence[Tensor],
+        receive: Callable[[Message, list[Tensor]], None],
     ) -> Pending:
         """The reverse: starts to send what lies in the guest buffer back to the rows' owners.
 
         Args:
+            what: as in :meth:`bring`.
             guests: tensors [batch, guest rows, heads, dim] of one dtype, such as gradients of guest K and V.
             receive: called once for each message that this rank had sent (in the order of peers), with that message and
                 the returned rows of each tensor, [batch, rows, heads, dim].
@@ -119,7 +136,7 @@ class Exchange:
         outgoing = transfer.receives
         incoming = _as_sent(transfer, self.world_size)
         mine = [m for m in outgoing if m.peer == self.rank]
-        sends = _by_peer(outgoing, self.rank, lambda m: pack_rows(guests, m.places))
+        sends = _by_peer(outgoing, self.rank, lambda m: _flat(guests, m))
         sizes = _sizes(incoming, self.rank, guests)
 
         def deliver(got: dict[int, Tensor]) -> None:
@@ -132,72 +149,51 @@ class Exchange:
                 receive(message, split_rows(guests, message.places, flat))
 
         kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
-        return self.send("return", kind, sends, sizes, guests[0], deliver, pairs=kind == "neighbours")
+        return self.send(f"return {what}", kind, sends, sizes, guests[0].new_empty(sum(sizes.values())), deliver)
 
-    def ask(self, requests: Tensor, counts: list[int], kind: str) -> tuple[Tensor, Tensor]:
-        """Tells every rank what is asked of it.
-
-        Args:
-            requests: int64 [n, width], by the rank that is asked. counts: how many there are for each rank.
-            kind: under which the bytes are counted.
-
-        Returns:
-            int64 [ranks, ranks] on the host, how many each rank asks of each; and int64 [m, width], what this rank is
-            asked for, by who asks. Waits for the device.
-        """
-        mine, peers = torch.tensor(counts, device=requests.device), [*range(self.world_size)]
-        peers.remove(self.rank)
-        sizes = dict.fromkeys(peers, len(counts))
-        found: dict[int, Tensor] = {}
-        self.send("count", kind, dict.fromkeys(peers, mine), sizes, mine, found.update, pairs=False).wait()
-        found[self.rank] = mine
-        matrix, width = torch.stack([found[rank] for rank in range(self.world_size)]).cpu(), requests.shape[1]
-        sends = {peer: part.flatten() for peer, part in enumerate(requests.split(counts)) if len(part)}
-        sizes = {peer: count * width for peer, count in enumerate(matrix[:, self.rank].tolist()) if count}
-        self.send("ask", kind, sends, sizes, requests, found.update, pairs=False).wait()
-        asked = [found[peer].view(-1, width) for peer in sizes]
-        return matrix, torch.cat(asked) if asked else requests[:0]
-
-    def _all_gather(self, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
-        mine = pack_rows(sources, transfer.sends[0].places)
+    def _all_gather(
+        self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Pending:
+        mine = _flat(sources, transfer.sends[0])
         if self.group is None:
             unpack_rows(targets, _mine(transfer.receives, self.rank).places, mine)
             return Pending()
         per_row = len(transfer.sends[0].kv_heads) * _width(sources)
-        padded = mine.new_zeros(transfer.chunk * per_row)
-        padded[: mine.numel()] = mine
+        size = transfer.chunk * per_row
+        padded = mine
+        if mine.numel() < size:
+            padded = mine.new_zeros(size)
+            padded[: mine.numel()] = mine
 
         def place(got: dict[int, Tensor]) -> None:
             for message in transfer.receives:
                 unpack_rows(targets, message.places, got[message.peer][: message.count * per_row])
 
         if not mine.is_cuda:
-            peers = [peer for peer in range(self.world_size) if peer != self.rank]
-            sizes = dict.fromkeys(peers, padded.numel())
+            sizes = dict.fromkeys([peer for peer in range(self.world_size) if peer != self.rank], size)
+            into, to_all = mine.new_empty(size * len(sizes)), dict.fromkeys(sizes, padded)
             return self.send(
-                "bring",
-                "all_gather",
-                dict.fromkeys(peers, padded),
-                sizes,
-                mine,
-                lambda x: place({**x, self.rank: mine}),
-                pairs=True,
+                f"bring {what}", "all_gather", to_all, sizes, into, lambda x: place({**x, self.rank: mine})
             )
-        every = mine.new_empty(self.world_size * padded.numel())
-        stage = self._begin("bring", "all_gather", mine)
+        every: Tensor | None = None
+        if all(m.count == transfer.chunk for m in transfer.receives) and len(transfer.receives) == self.world_size:
+            every = _in_place(targets, transfer.receives)
+        into = mine.new_empty(self.world_size * size) if every is None else every
+        stage = self._begin(f"bring {what}", "all_gather", mine)
         with stage:
-            work = _all_gather_single(every, padded, group=self.group, async_op=True)
+            work = _all_gather_single(into, padded, group=self.group, async_op=True)
         self.counter.add("all_gather", padded.nbytes * (self.world_size - 1))
 
         def finish() -> None:
             stage.wait([work])
-            place(dict(enumerate(every.view(self.world_size, -1))))
+            if every is None:
+                place(dict(enumerate(into.view(self.world_size, -1))))
 
         return Pending(finish)
 
     def _begin(self, way: str, kind: str, like: Tensor) -> Stage:
         assert self.watch is not None
-        return begin(self.watch, f"{way} {kind}, plan {self.plan}", like.is_cuda)
+        return begin(self.watch, f"{way} ({kind}), plan {self.plan}", like.is_cuda)
 
     def send(
         self,
@@ -205,37 +201,35 @@ class Exchange:
         kind: str,
         sends: dict[int, Tensor],
         sizes: dict[int, int],
-        like: Tensor,
-        deliver: Callable[[dict[int, Tensor]], None],
-        *,
-        pairs: bool,
+        into: Tensor,
+        deliver: Callable[[dict[int, Tensor]], None] = lambda got: None,
     ) -> Pending:
-        """Starts to send flat tensors to peers and to receive ``sizes`` elements of the dtype of ``like`` from each.
+        """Starts to send flat tensors to peers and to receive ``sizes`` elements from each. All ranks take part.
 
-        On CPUs it is always pair by pair: there messages carry a tag made of all exchanges so far, so that ranks that
-        differ in these wait in vain, and never take what was meant for something else.
+        On CPUs it is pair by pair: there messages carry a tag made of all exchanges so far, so that ranks that differ
+        in these wait in vain, and never take what was meant for something else. NCCL makes the same of one call.
 
         Args:
-            way: what it is for, as errors name it. kind: under which the bytes are counted.
+            way: what it is for, as errors name it, such as "bring keys". kind: under which the bytes are counted.
+            sizes: by peer, ascending.
+            into: flat, where what comes lies, in the order of peers.
             deliver: gets what came, by peer.
-            pairs: peer by peer, where there are few of them; else in one collective, in which all ranks take part.
         """
         if self.group is None:
             return Pending(lambda: deliver({}))
-        stage = self._begin(way, kind, like)
+        stage = self._begin(way, kind, into)
         self.counter.add(kind, sum(x.nbytes for x in sends.values()))
-        if pairs or not like.is_cuda:
-            got = {peer: like.new_empty(size) for peer, size in sizes.items()}
+        got = dict(zip(sizes, into.split([*sizes.values()]), strict=True)) if sizes else {}
+        if not into.is_cuda:
             works = _start_pairs(stage, self.group, sends, got)
             keep = list(sends.values())
         else:
-            ranks = range(self.world_size)
-            flat = torch.cat([sends[r] for r in ranks if r in sends]) if sends else like.new_empty(0)
-            out_sizes, in_sizes = [sizes.get(r, 0) for r in ranks], [_numel(sends.get(r)) for r in ranks]
-            every = like.new_empty(sum(out_sizes))
+            parts = [sends[peer] for peer in sorted(sends)]
+            flat = into.new_empty(0) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+            out_sizes = [sizes.get(peer, 0) for peer in range(self.world_size)]
+            in_sizes = [_numel(sends.get(peer)) for peer in range(self.world_size)]
             with stage:
-                works = [dist.all_to_all_single(every, flat, out_sizes, in_sizes, group=self.group, async_op=True)]
-            got = dict(zip(ranks, every.split(out_sizes), strict=True))
+                works = [dist.all_to_all_single(into, flat, out_sizes, in_sizes, group=self.group, async_op=True)]
             keep = [flat]
 
         def finish() -> None:
@@ -267,6 +261,17 @@ def _start_pairs(
         return dist.batch_isend_irecv(operations) if operations else []
 
 
+def _flat(tensors: Sequence[Tensor], message: Message) -> Tensor:
+    """What a message has of tensors, flat: a view where that lies in one piece."""
+    view = rows_in_place(tensors[0], [message.places]) if len(tensors) == 1 else None
+    return pack_rows(tensors, message.places) if view is None else view
+
+
+def _in_place(tensors: Sequence[Tensor], messages: Sequence[Message]) -> Tensor | None:
+    """A flat view of where messages, one after the other, belong; None where that is not in one piece."""
+    return rows_in_place(tensors[0], [m.places for m in messages]) if len(tensors) == 1 else None
+
+
 def _width(tensors: Sequence[Tensor]) -> int:
     """Elements of one row of one head, over the batch and all tensors."""
     return sum(x.shape[0] * x.shape[-1] for x in tensors)
@@ -289,6 +294,7 @@ def _by_peer(messages: Sequence[Message], rank: int, pack: Callable[[Message], T
 
 
 def _sizes(messages: Sequence[Message], rank: int, tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Elements that come from each other rank; messages are sorted by peer."""
     sizes: dict[int, int] = {}
     for message in messages:
         if message.peer != rank:

@@ -200,7 +200,7 @@ def plan_heads(
     if isinstance(layout, Layout):
         whole = layout.joined(head_ranks)
     else:
-        whole = choose_layout(layout, spec, outline, n | {"world_size": shards})
+        whole = choose_layout(layout, spec, outline, n | {"world_size": shards}, schedule)
         layout = whole.divided(head_ranks)
     share = {"heads": n["heads"] // head_ranks, "kv_heads": max(n["kv_heads"] // head_ranks, 1), "world_size": shards}
     shard, mine = divmod(rank, head_ranks)

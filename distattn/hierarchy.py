@@ -335,6 +335,18 @@ class Hierarchy(OnDevices):
         return self.layout.owners(self.chunk)
 
     @cached_property
+    def pairs_by_owner(self) -> Ints:
+        """int64 [kv_heads * chunks]: numbers (head * chunks + chunk), by the chunk's owner, head and chunk."""
+        owner = np.tile(self.chunk_owner, self.kv_heads)
+        return np.argsort(owner, kind="stable")
+
+    @cached_property
+    def pairs_of_owner(self) -> Ints:
+        """int64 [world_size + 1]: where each owner's begin in ``pairs_by_owner``."""
+        counts = np.bincount(self.chunk_owner, minlength=self.layout.world_size) * self.kv_heads
+        return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+
+    @cached_property
     def gather_chunks(self) -> Transfer:
         """Brings something of every rank's chunks to all, in the order of the chunks."""
         mine = np.arange(len(self.my_selectable))
@@ -349,6 +361,15 @@ class Hierarchy(OnDevices):
         owner = self.chunk_owner[tiles]
         mine = np.searchsorted(self.my_selectable, tiles[owner == self.rank])
         return to_everyone(owner, mine, tuple(range(self.heads)), self.rank, self.layout.world_size), tiles
+
+    @property
+    def rows_before(self) -> Ints:
+        """int64 [tiles]: of each of this rank's tiles, where the one before it is among these and ``tile_before``."""
+        known = self.my_selectable
+        if self.tile_before is not None:
+            known = np.concatenate((known, self.tile_before[1]))
+        order = np.argsort(known, kind="stable")
+        return order[np.searchsorted(known[order], np.maximum(self.my_selectable - 1, 0))]
 
     def _bring(self, positions: Ints, heads: int) -> Transfer:
         owner = self.layout.owner_of(positions)
@@ -387,7 +408,7 @@ class Hierarchy(OnDevices):
         Chosen pages that travel are not among the bytes: the data decide which do.
         """
         world, wide = self.layout.world_size, max(itemsize, 4)
-        first, size, summaries, chosen = self._visited()
+        first, size, summaries, chosen = self.visited()
         owner = self.layout.owner_of(first)
         pairs = np.bincount(owner, (summaries + chosen) * size, world) * self.heads
         sent, received = np.zeros((2, world))
@@ -409,11 +430,11 @@ class Hierarchy(OnDevices):
 
     def pairs(self, unit: int) -> Ints:
         """int64 [units]: (query, summary) and (query, chosen token) pairs of all heads, by unit of so many queries."""
-        first, size, summaries, chosen = self._visited()
+        first, size, summaries, chosen = self.visited()
         by_unit = np.bincount(first // unit, (summaries + chosen) * size, -(-self.length // unit))
         return by_unit.astype(np.int64) * self.heads
 
-    def _visited(self) -> tuple[Ints, Ints, Ints, Ints]:
+    def visited(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Runs of queries that visit alike: (first, how many, summaries, tokens of chosen chunks), of each query."""
         chunk, reach = self.window
         first = np.arange(0, self.length, chunk)

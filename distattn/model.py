@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distattn.attend import Selection, attend
 from distattn.data import IGNORE
+from distattn.decoding import Step
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
 from distattn.plan import Plan
@@ -105,7 +106,9 @@ class Block(nn.Module):
         pools: also k before it was turned, which is what summaries are made of.
         """
         c = self.config
-        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).view(*x.shape[:2], -1, c.head_dim)
+        heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(
+            2, (c.heads + 2 * c.kv_heads, c.head_dim)
+        )
         q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=2)
         cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
         turned = rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -185,6 +188,32 @@ class Decoder(nn.Module):
             del q, k, v, plain, extras, selection
             (x,) = self._by_rows(block.after, x, attended, overwrite=True)
             del attended
+        return x
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, step: Step) -> Tensor:
+        """Run all layers on new tokens of sequences in a cache, which keeps their keys and values.
+
+        Args:
+            tokens: [1, T], any integer dtype: this rank's rows of the step, in their order.
+            step: of a cache with a spec a layer.
+
+        Returns:
+            hidden [1, T, width], to be given to `logits`.
+        """
+        positions = step.positions.to(tokens.device).unsqueeze(0)
+        (x,) = self._by_rows(self._embed, tokens)
+        source = self.config.select_from
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            spec = step.cache.specs[layer]
+            pools = not spec.is_static
+            q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
+            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else None
+            taken = source if source is not None and layer > source and spec.select is not None else None
+            attended = step.attend(layer, q, k, v, extras=extras, choice_of=taken)
+            (x,) = self._by_rows(block.after, x, attended, overwrite=True)
+        step.end()
         return x
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -43,6 +43,16 @@ def agree(plan: Plan, batch: int, dtype: torch.dtype) -> None:
             raise
 
 
+def agree_on(group_name: str, what: str) -> None:
+    """Returns when all ranks of a group have said the same; see :class:`Agreement`."""
+    _agreement.seek(group_name, what)
+
+
+def refuse_in(group_name: str, why: str) -> None:
+    """Tells the other ranks of a group that this one is about to raise."""
+    _agreement.refuse(group_name, why)
+
+
 def refuse(plan: Plan, why: str) -> None:
     """Tells the other ranks that this one is about to raise."""
     if not torch.compiler.is_compiling():
@@ -92,13 +102,13 @@ _INPUTS = (
 _TAG = torch.Tag.pt2_compliant_tag
 torch.library.define(
     "distattn::attend",
-    f"({_INPUTS}, bool tokens, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool tokens, str plan, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAG,
 )
 torch.library.define(
     "distattn::attend_backward",
     "(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor guests, Tensor guest_q, Tensor chosen_guests, "
-    f"Tensor asked, {_INPUTS}, bool tokens, str plan, float scale) -> Tensor[]",
+    f"Tensor asked, Tensor given, {_INPUTS}, bool tokens, str plan, float scale) -> Tensor[]",
     tags=_TAG,
 )
 _DIFFERENTIABLE = 6  # the first of _INPUTS
@@ -129,17 +139,19 @@ def _attend_fake(*arguments: Any) -> tuple[Tensor, ...]:
     guests = q.new_empty(q.shape[0] * kept * p.kv_heads * (p.head_dim + p.value_dim))
     rows = 0 if p.guest_queries is None or not tokens else len(p.guest_queries.positions)
     came: Any = 0
-    asked: Any = 0
+    others, own = 0, 0
     if chosen is not None and p.world_size > 1:
-        context = torch.library.get_ctx()
-        came, asked = context.new_dynamic_size(), context.new_dynamic_size()
+        assert p.hierarchy is not None
+        came = torch.library.get_ctx().new_dynamic_size()
+        others, own = p.world_size - 1, len(p.hierarchy.my_selectable) * p.kv_heads
     return (
         out,
         lse,
         guests,
         q.new_empty((q.shape[0], rows, p.heads, p.head_dim)),
         q.new_empty(came),
-        torch.empty(asked, dtype=torch.int64, device="cpu"),
+        torch.empty(2 * others + 3, dtype=torch.int64, device="cpu"),
+        q.new_empty((others, own), dtype=torch.uint8),
     )
 
 
@@ -153,13 +165,14 @@ def _attend_backward(
     guest_q: Tensor,
     chosen_guests: Tensor,
     asked: Tensor,
+    given: Tensor,
     *arguments: Any,
 ) -> list[Tensor]:
     *inputs, tokens, name, scale = arguments
     plan, (q, k, v) = plans[name], inputs[:3]
     sums = [None if x is None else x.new_zeros(x.shape, dtype=lse.dtype) for x in inputs[3:_DIFFERENTIABLE]]
     sources = _sources(plan, inputs, sums)
-    kept = Kept(guests, guest_q, chosen_guests, asked)
+    kept = Kept(guests, guest_q, chosen_guests, asked, given)
     run = Pass(plan, sent, tokens, sources, inputs[-1])
     grads = run.backward(grad_out, grad_lse, q, k, v, out, lse, kept, scale)
     more = [x.to(of.dtype) for x, of in zip(sums, inputs[3:], strict=False) if x is not None]
@@ -168,7 +181,7 @@ def _attend_backward(
 
 @torch.library.register_fake("distattn::attend_backward")
 def _attend_backward_fake(*arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in arguments[8 : 8 + _DIFFERENTIABLE] if x is not None]
+    return [x.new_empty(x.shape) for x in arguments[9 : 9 + _DIFFERENTIABLE] if x is not None]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -177,13 +190,17 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     # Holding the plan keeps it in the registry until the backward pass.
     ctx.plan, ctx.rest = plans[plan], (tokens, plan, scale)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_out, grad_lse, *_):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
+    # Made here: autograd would make such zeros of what a pass keeps, too.
+    grad_out, grad_lse = (
+        saved[i].new_zeros(saved[i].shape) if g is None else g for i, g in enumerate((grad_out, grad_lse))
+    )
     grads = iter(torch.ops.distattn.attend_backward(grad_out, grad_lse, *saved, *ctx.rest))
-    inputs = saved[6:]
+    inputs = saved[7:]
     given = [None if x is None else next(grads) for x in inputs[:_DIFFERENTIABLE]]
     return *given, *[None] * (len(inputs) - _DIFFERENTIABLE + 3)
 
@@ -276,7 +293,7 @@ def _gather_rows(x: list[Tensor], plan: str, what: str) -> list[Tensor]:
 def _bring(x: list[Tensor], plan: str, what: str) -> tuple[list[Tensor], Pending]:
     p, transfer, rows = _transfer(plan, what)
     found = [y.new_empty((y.shape[0], rows, *y.shape[2:])) for y in x]
-    return found, Exchange(p.group_name, p.rank, sent, p.key).bring(transfer, x, found)
+    return found, Exchange(p.group_name, p.rank, sent, p.key).bring(what, transfer, x, found)
 
 
 @torch.library.register_fake("distattn::gather_rows")
@@ -295,7 +312,7 @@ def _gather_rows_backward(grads: list[Tensor], rows: list[int], plan: str, what:
         for mine, theirs in zip(sums, returned, strict=True):
             add_rows(mine, message.places, theirs)
 
-    Exchange(p.group_name, p.rank, sent, p.key).take_home(transfer, wide, receive).wait()
+    Exchange(p.group_name, p.rank, sent, p.key).take_home(f"gradients of {what}", transfer, wide, receive).wait()
     return [x.to(g.dtype) for x, g in zip(sums, grads, strict=True)]
 
 
@@ -334,6 +351,14 @@ def _heads_plan(name: str) -> HeadsPlan:
     return plan
 
 
+def _transfers(plan: HeadsPlan, queries: int, keys: int, gradients: bool) -> list[tuple[str, Transfer]]:
+    """What each tensor is, and how it travels: q, k and v, or without keys out and perhaps lse; or their gradients."""
+    names = ("queries", "keys", "values") if keys else ("results", "log-sum-exps")
+    transfers = [plan.queries] * queries + [plan.keys] * keys
+    of = "gradients of " if gradients else ""
+    return [(f"{of}{name} of heads", transfer) for name, transfer in zip(names, transfers, strict=False)]
+
+
 def _empty_heads(queries: list[Tensor], keys: list[Tensor], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
     """Room for the rows and heads of a plan."""
 
@@ -347,18 +372,16 @@ def _empty_heads(queries: list[Tensor], keys: list[Tensor], plan: Plan) -> tuple
 def _exchange_heads(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
     """This rank's heads of all rows of its shard, [batch, plan.inner.tokens, heads of the inner plan, dim].
 
-    queries: at least one [batch, plan.tokens, plan.heads, dim], which travel one by one. keys: none, or some of one
-    dtype with plan.kv_heads.
+    queries: [batch, plan.tokens, plan.heads, dim], and keys with plan.kv_heads: q, and k and v; or the gradients of out
+    and perhaps of lse, and none. They travel one by one, so that each can be received where it belongs.
     """
     plan = _heads_plan(name)
     agree(plan, queries[0].shape[0], queries[0].dtype)
     exchange = Exchange(plan.group_name, plan.head_rank, sent, plan.key)
     found = _empty_heads(queries, keys, plan.inner)
-    pending = [exchange.bring(plan.queries, [x], [y]) for x, y in zip(queries, found[0], strict=True)]
-    if keys:
-        pending.append(exchange.bring(plan.keys, keys, found[1]))
-    for part in pending:
-        part.wait()
+    how = _transfers(plan, len(queries), len(keys), gradients=not keys)
+    parts = zip(how, (*queries, *keys), (*found[0], *found[1]), strict=True)
+    Pending.all([exchange.bring(what, transfer, [x], [y]) for (what, transfer), x, y in parts]).wait()
     return found
 
 
@@ -371,7 +394,8 @@ def _exchange_heads_fake(queries: list[Tensor], keys: list[Tensor], name: str) -
 def _return_heads(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
     """The reverse of ``exchange_heads``: all heads of this rank's own rows.
 
-    Where several ranks had a key/value head, what they return is summed up in the accumulator's dtype.
+    queries: out, and perhaps lse; or, with keys, the gradients of q, and of k and v. Where several ranks had a
+    key/value head, what they return is summed up in the accumulator's dtype.
     """
     plan = _heads_plan(name)
     exchange = Exchange(plan.group_name, plan.head_rank, sent, plan.key)
@@ -381,15 +405,13 @@ def _return_heads(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple
     def place(x: Tensor, message: Message, rows: list[Tensor]) -> None:
         x[:, :, message.kv_heads[0] : message.kv_heads[-1] + 1] = rows[0]
 
-    def add(message: Message, rows: list[Tensor]) -> None:
-        for x, y in zip(sums, rows, strict=True):
-            x[:, :, message.kv_heads[0] : message.kv_heads[-1] + 1] += y
+    def add(x: Tensor, message: Message, rows: list[Tensor]) -> None:
+        x[:, :, message.kv_heads[0] : message.kv_heads[-1] + 1] += rows[0]
 
-    pending = [exchange.take_home(plan.queries, [x], partial(place, y)) for x, y in zip(queries, found, strict=True)]
-    if keys:
-        pending.append(exchange.take_home(plan.keys, keys, add))
-    for part in pending:
-        part.wait()
+    receive = [*(partial(place, x) for x in found), *(partial(add, x) for x in sums)]
+    how = _transfers(plan, len(queries), len(keys), gradients=bool(keys))
+    parts = zip(how, (*queries, *keys), receive, strict=True)
+    Pending.all([exchange.take_home(what, transfer, [x], to) for (what, transfer), x, to in parts]).wait()
     return found, [x.to(of.dtype) for x, of in zip(sums, like, strict=True)]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distattn.arena import GuestQueries, Stage
-from distattn.chosen import ChosenChunks
+from distattn.chosen import Asked, ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
 from distattn.kernels.attention import (
     Biases,
@@ -22,6 +22,7 @@ from distattn.kernels.attention import (
     accumulator_dtype,
     attention_backward,
     attention_forward,
+    prepare,
     row_deltas,
 )
 from distattn.kernels.rows import add_rows, merge
@@ -49,13 +50,14 @@ class Kept(NamedTuple):
     """What a forward pass keeps for the backward pass, beside its results.
 
     guests, guest_q: of the pattern; where stages are several, guests are brought again. chosen: guests of chosen
-        chunks, unless they came in several rounds. asked: see ``ChosenChunks``.
+        chunks, unless they came in several rounds. asked, given: see ``Asked``.
     """
 
     guests: Tensor
     guest_q: Tensor
     chosen: Tensor
     asked: Tensor
+    given: Tensor
 
 
 class Begun(NamedTuple):
@@ -103,9 +105,9 @@ class Pass:
         dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
         several = not stages or any(stage.resumes for stage in stages) or more
         slots = self._slots(k, v)
-        pending = self._bring(stages[0], own, slots[0]) if stages else Pending()
+        pending = self._bring(stages[0], own, slots[0]) if stages else (Pending(), Pending())
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
-        queries_here = self.exchange.bring(queries.transfer, [q], [guest_q]) if queries else Pending()
+        queries_here = self.exchange.bring("queries", queries.transfer, [q], [guest_q]) if queries else Pending()
 
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
@@ -115,14 +117,24 @@ class Pass:
             lse.fill_(-torch.inf)
         for number, stage in enumerate(stages):
             mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
-            rows = dict(zip(("q", "out", "lse"), self._query_heads(stage, q, out, lse), strict=True))
-            run = partial(attention_forward, own=mine, guests=guests, **rows, scale=scale, resume=stage.resumes)
-            arrived = pending
+            some_q, some_out, some_lse = self._query_heads(stage, q, out, lse)
+            run = partial(
+                attention_forward,
+                some_q,
+                mine,
+                guests,
+                out=some_out,
+                lse=some_lse,
+                scale=scale,
+                resume=stage.resumes,
+            )
+            shared_here, pages_here = pending
             if number + 1 < len(stages):
                 # The other slot is free, since its stage is done.
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
+            shared_here.wait()
             run(table=stage.alone)
-            arrived.wait()
+            pages_here.wait()
             run(table=stage.with_guests)
         kept = slots[0].flat if len(stages) == 1 else q.new_empty(0)
         return Begun(out, lse, kept, guest_q, queries_here)
@@ -130,7 +142,7 @@ class Pass:
     def finish(self, begun: Begun, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
         """What :meth:`forward` returns, from what was begun with the same tensors."""
         out, lse, guests, guest_q, queries_here = begun
-        kept = Kept(guests, guest_q, q.new_empty(0), torch.zeros(0, dtype=torch.int64))
+        kept = Kept(guests, guest_q, q.new_empty(0), *Asked.nothing(q.device))
         if self.sources or self.chosen is not None:
             rows = self._global_rows(q.device)
             before = out[:, rows], lse[:, rows]
@@ -158,38 +170,29 @@ class Pass:
                     bias=_bias_of(source.bias, b),
                 )
 
-        chunks = None if self.chosen is None else ChosenChunks(self.plan, self.exchange, self.chosen, None)
-        slots = [] if chunks is None else self._chosen_slots(chunks, own)
-        pending = [] if chunks is None else self._bring_chosen(chunks, 1, own, slots)
+        if self.chosen is None:
+            for source in self.sources:
+                run(source)
+            return {}
+        for source in self.sources:  # the tables' items are made before ranks wait for one another
+            for table in source.tables:
+                prepare(q, table)
+        chunks = ChosenChunks(self.plan, self.exchange, self.chosen, None)
+        slots = _chosen_slots(chunks, own)
+        pending = _bring_chosen(chunks, 1, own, slots)
         for source in self.sources:
             run(source)
-        if chunks is None:
-            return {}
         run(Source(own, _nothing(own), chunks.tables(0)))
         for number in range(1, len(chunks.rounds) + 1):
             arrived = pending
             # The other slot is free, since its round is done.
-            pending = self._bring_chosen(chunks, number + 1, own, slots)
+            pending = _bring_chosen(chunks, number + 1, own, slots)
+            tables = chunks.tables(number)
             for part in arrived:
                 part.wait()
-            guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
-            run(Source(own, guests, chunks.tables(number)))
-        return {"asked": chunks.asked} | ({"chosen": slots[1].flat} if len(chunks.rounds) == 1 else {})
-
-    def _chosen_slots(self, chunks: ChosenChunks, own: Pages) -> list[_Slot]:
-        """Two guest buffers, of which a single round needs but the second."""
-        width = own.k.shape[0] * own.k.shape[2] * (own.k.shape[3] + own.v.shape[3])
-        rows = [chunks.guest_rows(number) for number in range(1, len(chunks.rounds) + 1)]
-        sizes = max(rows[1::2], default=0), max(rows[::2], default=0)
-        return [_Slot(own.k.new_empty(size * width), *own) for size in sizes]
-
-    @staticmethod
-    def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[_Slot]) -> list[Pending]:
-        """A round that is on its way, if there is one of this number."""
-        if number > len(chunks.rounds):
-            return []
-        guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
-        return [chunks.bring(number, own, guests)]
+            run(Source(own, chunks.guests(_parts(chunks, number, own, slots), own), tables))
+        kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}
+        return kept | ({"chosen": slots[1]} if len(chunks.rounds) == 1 else {})
 
     def _global_rows(self, device: torch.device) -> Tensor:
         assert self.plan.hierarchy is not None
@@ -220,7 +223,7 @@ class Pass:
         d_own = Pages(*(x.new_zeros(x.shape, dtype=x.dtype if alone else dtype) for x in (k, v)))
         # A direct plan kept its guests; others bring them again.
         slots = self._slots(k, v) if several else [_Slot(kept.guests, k, v)] * 2
-        pending = self._bring(stages[0], own, slots[0]) if several else Pending()
+        pending = self._bring(stages[0], own, slots[0], " again") if several else (Pending(), Pending())
         homeward: list[Pending] = []
         if self.queries is not None:
             homeward.append(
@@ -231,20 +234,32 @@ class Pass:
             sliced = len(stage.kv_heads) < k.shape[2]
             d_mine = Pages(*(x.new_zeros(x.shape, dtype=dtype) for x in mine)) if sliced else d_own
             d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_mine.k.dtype) for x in guests))
-            names = ("q", "grad_out", "lse", "delta", "dq")
-            rows = dict(zip(names, self._query_heads(stage, q, grad_out, lse, delta, dq), strict=True))
-            grads = {"d_own": d_mine, "d_guests": d_guests}
-            run = partial(attention_backward, own=mine, guests=guests, **rows, **grads, scale=scale)
+            some_q, some_grad, *some_lines, some_dq = self._query_heads(stage, q, grad_out, lse, delta, dq)
+            run = partial(
+                attention_backward,
+                some_q,
+                mine,
+                guests,
+                grad_out=some_grad,
+                lse=some_lines[0],
+                delta=some_lines[1],
+                dq=some_dq,
+                d_own=d_mine,
+                d_guests=d_guests,
+                scale=scale,
+            )
+            pending[0].wait()
             if first := several and number == 0:  # what is there is computed while the first guests travel
                 run(table=stage.alone)
-            pending.wait()
+            pending[1].wait()
             if number + 1 < len(stages):
-                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2])
+                pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2], " again")
             # Guests' gradients before the others: they go home while the other tiles are computed.
             run(table=stage.with_guests)
-            going = [self._take_home(transfer, d_guests, d_mine) for transfer in stage.transfers]
+            going = [self._take_home(stage.pages, d_guests, d_mine)]
             if not first:
                 run(table=stage.alone)
+            going.append(self._take_home(stage.shared, d_guests, d_mine))
             for part in homeward:  # those of the stage before have come meanwhile
                 part.wait()
             homeward = [*going, *([Pending(partial(_add, d_own, d_mine, stage.kv_heads))] if sliced else [])]
@@ -291,19 +306,26 @@ class Pass:
 
         homeward: list[Pending] = []
         if self.chosen is not None:
-            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, kept.asked)
+            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, Asked(kept.asked, kept.given))
             again = len(chunks.rounds) > 1  # what came in one round was kept
-            slots = self._chosen_slots(chunks, own) if again else [_Slot(kept.chosen, *own)] * 2
-            pending = self._bring_chosen(chunks, 1, own, slots) if again else []
+            slots = _chosen_slots(chunks, own) if again else [kept.chosen] * 2
+            pending = _bring_chosen(chunks, 1, own, slots, " again") if again else []
             for number in range(1, len(chunks.rounds) + 1):
                 arrived = pending
-                pending = self._bring_chosen(chunks, number + 1, own, slots)
+                pending = _bring_chosen(chunks, number + 1, own, slots, " again") if again else []
+                tables = chunks.tables(number)
                 for part in arrived:
                     part.wait()
-                guests = slots[number % 2].pages(chunks.guest_rows(number), own.k.shape[2])
-                d_guests = Pages(*(x.new_zeros(x.shape, dtype=d_own.k.dtype) for x in guests))
-                run(Source(own, guests, chunks.tables(number), None, d_own, d_guests))
-                homeward.append(chunks.take_home(number, d_guests, d_own))
+                buffers = _parts(chunks, number, own, slots)
+                d_buffers = (
+                    buffers[0].new_zeros(buffers[0].shape, dtype=d_own.k.dtype),
+                    buffers[1].new_zeros(buffers[1].shape, dtype=d_own.k.dtype),
+                )
+                guests, d_guests = (chunks.guests(x, own) for x in (buffers, d_buffers))
+                run(Source(own, guests, tables, None, d_own, d_guests))
+                for part in homeward:  # those of the round before have come meanwhile
+                    part.wait()
+                homeward = chunks.take_home(number, d_buffers, d_own)
             run(Source(own, _nothing(own), chunks.tables(0), None, d_own, _nothing(d_own)))
         for source in self.sources:
             run(source)
@@ -319,24 +341,37 @@ class Pass:
     def _query_heads(self, stage: Stage, *tensors: Tensor) -> list[Tensor]:
         """Those that read the stage's key/value heads, of tensors [batch, tokens, heads, ...]."""
         share, heads = self.plan.heads // self.plan.kv_heads, stage.kv_heads
+        if len(heads) == self.plan.kv_heads:  # a view takes as long as all else that is done to a tensor here
+            return [*tensors]
         return [x[:, :, heads.start * share : heads.stop * share] for x in tensors]
 
-    def _bring(self, stage: Stage, own: Pages, slot: _Slot) -> Pending:
+    def _bring(self, stage: Stage, own: Pages, slot: _Slot, again: str = "") -> tuple[Pending, Pending]:
+        """Gathered keys, and pages of other ranks."""
         mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
-        pending = [self.exchange.bring(transfer, mine, guests) for transfer in stage.transfers]
 
-        def wait() -> None:
-            for part in pending:
-                part.wait()
+        def start(transfer: Transfer | None, of: str) -> Pending:
+            if transfer is None:
+                return Pending()
+            # One by one: what lies in one piece is sent and received in place.
+            names = (f"{of}keys{again}", f"{of}values{again}")
+            return Pending.all(
+                self.exchange.bring(what, transfer, [x], [to]) for what, x, to in zip(names, mine, guests, strict=True)
+            )
 
-        return Pending(wait)
+        return start(stage.shared, "global "), start(stage.pages, "")
 
-    def _take_home(self, transfer: Transfer, d_guests: Pages, d_own: Pages) -> Pending:
-        def receive(message: Message, rows: list[Tensor]) -> None:
-            for mine, returned in zip(d_own, rows, strict=True):
-                add_rows(mine, message.places, returned)
+    def _take_home(self, transfer: Transfer | None, d_guests: Pages, d_own: Pages) -> Pending:
+        if transfer is None:
+            return Pending()
 
-        return self.exchange.take_home(transfer, d_guests, receive)
+        def one(what: str, guests: Tensor, total: Tensor) -> Pending:
+            def receive(message: Message, rows: list[Tensor]) -> None:
+                add_rows(total, message.places, rows[0])
+
+            return self.exchange.take_home(what, transfer, [guests], receive)
+
+        names = ("gradients of keys", "gradients of values")
+        return Pending.all(one(*each) for each in zip(names, d_guests, d_own, strict=True))
 
     def _attend_guest_queries(
         self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
@@ -355,7 +390,7 @@ class Pass:
             total.copy_(merged[0])
             total_lse.copy_(merged[1])
 
-        self.exchange.take_home(queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
+        self.exchange.take_home("results", queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
         out[:, mine] = total.to(out.dtype)
         lse[:, mine] = total_lse
 
@@ -375,8 +410,8 @@ class Pass:
         guest_grad = grad_out.new_empty((*shape, grad_out.shape[3]))
         guest_rows = rows.new_empty((*shape, 2))
         arriving = [
-            self.exchange.bring(queries.transfer, [grad_out], [guest_grad]),
-            self.exchange.bring(queries.transfer, [rows], [guest_rows]),
+            self.exchange.bring("gradients of results", queries.transfer, [grad_out], [guest_grad]),
+            self.exchange.bring("sums of rows", queries.transfer, [rows], [guest_rows]),
         ]
         for part in arriving:
             part.wait()
@@ -395,6 +430,7 @@ class Pass:
             scale=scale,
         )
         return self.exchange.take_home(
+            "gradients of queries",
             queries.transfer,
             [guest_dq],
             lambda message, returned: add_rows(dq, message.places, returned[0]),
@@ -406,16 +442,39 @@ class _Slot:
 
     def __init__(self, flat: Tensor, k: Tensor, v: Tensor) -> None:
         self.flat, self._batch, self._dims = flat, k.shape[0], (k.shape[3], v.shape[3])
+        self._pages: dict[tuple[int, int], Pages] = {}
 
     def of_stage(self, stage: Stage) -> Pages:
         return self.pages(stage.guest_rows, len(stage.kv_heads))
 
     def pages(self, rows: int, heads: int) -> Pages:
         """Room for so many rows of so many key/value heads."""
-        shapes = [(self._batch, rows, heads, dim) for dim in self._dims]
-        k_size, v_size = (math.prod(shape) for shape in shapes)
-        parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
-        return Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        if (rows, heads) not in self._pages:
+            shapes = [(self._batch, rows, heads, dim) for dim in self._dims]
+            k_size, v_size = (math.prod(shape) for shape in shapes)
+            parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
+            self._pages[rows, heads] = Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        return self._pages[rows, heads]
+
+
+def _chosen_slots(chunks: ChosenChunks, own: Pages) -> list[Tensor]:
+    """Two guest buffers, of which a single round needs but the second."""
+    numel = [sum(chunks.guest_numel(number, own)) for number in range(1, len(chunks.rounds) + 1)]
+    return [own.k.new_empty(max(sizes, default=0)) for sizes in (numel[1::2], numel[::2])]
+
+
+def _parts(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a round has of its slot, for K and for V."""
+    k_size, v_size = chunks.guest_numel(number, own)
+    slot = slots[number % 2]
+    return slot[:k_size], slot[k_size : k_size + v_size]
+
+
+def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor], again: str = "") -> list[Pending]:
+    """A round that is on its way, if there is one of this number."""
+    if number > len(chunks.rounds):
+        return []
+    return chunks.bring(number, own, _parts(chunks, number, own, slots), again)
 
 
 def _nothing(pages: Pages) -> Pages:
@@ -425,6 +484,8 @@ def _nothing(pages: Pages) -> Pages:
 
 def _of_heads(pages: Pages, kv_heads: range) -> Pages:
     """Some heads."""
+    if len(kv_heads) == pages.k.shape[2]:
+        return pages
     return Pages(*(x[:, :, kv_heads.start : kv_heads.stop] for x in pages))
 
 

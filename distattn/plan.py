@@ -27,15 +27,18 @@ import torch
 from distattn import __version__
 from distattn.algebra import Pattern
 from distattn.arena import ArenaBuilder, GuestQueries, Stage
-from distattn.cost import Machine, Work, step_time
+from distattn.cost import Work
 from distattn.errors import ConfigError
 from distattn.hierarchy import Hierarchy
 from distattn.layout import LAYOUTS, Layout, make_layout
 from distattn.levels import OnDevices
+from distattn.machine import Machine
 from distattn.outline import Outline, count_rows, guest_pages, make_outline, owned_pages, rank_work
 from distattn.patterns import Causal, GlobalQueries
+from distattn.prediction import predict_task
 from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
+from distattn.task import Task
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +51,9 @@ MAX_GUESTS = 2.0
 # A plan is direct where fewer bytes than this come to a rank, or fewer guests than this share of its own rows, since
 # then few tiles need them; a slice has at least half as many bytes, since short messages are slow.
 FEW_BYTES, FEW_GUESTS = 128 << 20, 0.5
+
+# The machine for which layouts are chosen: equal on all ranks, whatever they run on.
+DEFAULT_MACHINE = "h100"
 
 # A custom operator takes tensors, numbers and text, so it finds its plan here by name. Plans live as long as they
 # are used.
@@ -133,7 +139,7 @@ class Plan(OnDevices):
     def corrected_by(self) -> Ints:
         """int64 [tokens]: the local row whose dense result corrects each row; segments begin with such rows."""
         assert self.spec.correction is not None
-        return np.arange(self.tokens) - self.positions.numpy() % self.spec.correction.every
+        return np.asarray(np.arange(self.tokens) - self.positions.numpy() % self.spec.correction.every)
 
     @property
     def stays_dense(self) -> Bools:
@@ -230,11 +236,11 @@ class Plan(OnDevices):
 
         Args:
             itemsize: bytes of an element of q, k and v.
-            machine: speeds to predict with; default: an H100.
+            machine: speeds to predict with; default: those of an H100.
         """
         from distattn.explain import explain
 
-        return explain(self, itemsize, machine or Machine.h100())
+        return explain(self, itemsize, machine or Machine.load(DEFAULT_MACHINE))
 
     def picture(self, path: str | Path) -> Path:
         """Writes a PNG of the pattern, its tiles and the ranks that own them. Needs matplotlib."""
@@ -351,7 +357,7 @@ def plan_rows(
     world_size, blocks = n["world_size"], (n["block_q"], n["block_k"])
     outline = make_outline(spec.tokens.by_head(n["heads"]), n["seq_len"], blocks, world_size)
     if not isinstance(layout, Layout):
-        layout = choose_layout(layout, spec, outline, n)
+        layout = choose_layout(layout, spec, outline, n, schedule)
     schedule, slices = _choose_schedule(schedule, outline, layout, n)
     said = repr((spec, numbers, schedule, slices, __version__)).encode()
     said += layout.start.tobytes() + layout.owner.tobytes()
@@ -387,7 +393,7 @@ def _choose_schedule(name: str, outline: Outline, layout: Layout, n: dict[str, A
     guests = [(len(heads), count_rows(pages)) for heads, pages in guest_pages(outline, layout, kv_heads)]
     share = max(float((pages / owned).max()) for _, pages in guests)
     row_bytes = 2 * n["block_k"] * (n["head_dim"] + n["value_dim"])
-    bytes_come = float(sum(heads * pages for heads, pages in guests).max()) * row_bytes
+    bytes_come = float(max(np.sum([heads * pages for heads, pages in guests], axis=0))) * row_bytes
     wanted = min(max(int(2 * bytes_come / FEW_BYTES), 2), kv_heads)
     slices = max(size for size in range(1, wanted + 1) if kv_heads % size == 0)
     if name == "auto":
@@ -406,7 +412,7 @@ def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
     return unit if spec.correction is None else math.lcm(unit, spec.correction.every)
 
 
-def choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any]) -> Layout:
+def choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any], schedule: str) -> Layout:
     blocks = n["block_q"], n["block_k"]
     unit = _unit(spec, *blocks)
     per_unit = unit // blocks[0]
@@ -425,15 +431,12 @@ def choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str,
     if n["world_size"] == 1:
         return make_layout("contiguous", n["seq_len"], 1, unit)
     sizes = n["kv_heads"], n["head_dim"], n["value_dim"]
+    machine = Machine.load(DEFAULT_MACHINE)
     best: tuple[float, Layout] | None = None
     for candidate in LAYOUTS:
         layout = make_layout(candidate, n["seq_len"], n["world_size"], unit, work)
-        parts = rank_work(outline, layout, *sizes, itemsize=2)
-        hierarchy = levels(layout)
-        if hierarchy is not None:
-            more = hierarchy.work(2, n["head_dim"], n["value_dim"])
-            parts = [a.plus(b) for a, b in zip(parts, more, strict=True)]
-        time = max(step_time(Machine.h100(), part).total for part in parts)
+        how = _choose_schedule(schedule, outline, layout, n)
+        time = predict_task(Task(outline, layout, levels(layout), *how, *sizes, itemsize=2), machine).seconds
         # Layouts come in the order of preference: a later one must be better, not equal.
         if best is None or time < best[0] * 0.99:
             best = (time, layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,15 +50,11 @@ def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, Ints]:
     means, _ = chunk_means(q, hierarchy.chunk)
     if not hierarchy.chooses_by_tile_before:
         return means, numbers
-    known, rows = numbers, means
+    rows = means
     if hierarchy.tile_before is not None:
         (others,) = torch.ops.distattn.gather_rows([means], plan.name, "tiles")
-        known, rows = np.concatenate((numbers, hierarchy.tile_before[1])), torch.cat((means, others), dim=1)
-    if len(numbers) == 0:
-        return means, numbers
-    order = np.argsort(known, kind="stable")
-    index = order[np.searchsorted(known[order], np.maximum(numbers - 1, 0))]
-    return rows[:, torch.from_numpy(index).to(q.device)], numbers
+        rows = torch.cat((means, others), dim=1)
+    return rows[:, hierarchy.on(q.device, "rows_before")] if len(numbers) else means, numbers
 
 
 def summary_table(chosen: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -101,12 +101,13 @@ def _union(parts: Iterable[Ints]) -> Ints:
 
 
 def _worth(columns: Ints, length: int, block: int, world_size: int) -> bool:
-    """Whether gathering spares at least half of the pages that hold the columns, or many ranks the rest of a page."""
+    """Whether gathering spares at least half of the pages that hold the columns, or lets other ranks wait for few rows
+    only, which come first, where nearly every tile needs them."""
     if len(columns) == 0:
         return False
     pages, packed = len(np.unique(columns // block)), -(-len(columns) // block)
     few = len(columns) * 4 * world_size <= length
-    return pages >= 2 * packed or (world_size > 2 and few)
+    return pages >= 2 * packed or (world_size > 1 and few)
 
 
 def _far_rows(patterns: Sequence[Pattern], rows: Ints, length: int, blocks: tuple[int, int], world_size: int) -> Ints:

@@ -55,7 +55,7 @@ def make_summaries(pooled: list[Tensor], plan: Plan, extras: AttentionExtras) ->
         else:
             sizes = hierarchy.levels[number - 1].on(members[0].device, "size").to(members[0].dtype)
             parts = [_by_chunk(x, level.members, level.count) for x in (*members, sizes.view(1, -1, 1, 1))]
-            keys, values = _pool(parts[0], parts[1], parts[2][..., 0, 0], pool)
+            keys, values = pool_members(parts[0], parts[1], parts[2][..., 0, 0], pool)
         members = keys, values
         found.append(Pooled(_turned(keys, level, extras), values, _bias(keys, number, level, plan, extras)))
     return found
@@ -127,7 +127,7 @@ def _pool_tokens(
         rows = _with_halo(rows, plan)
         index = _hierarchy(plan).on(k.device, "overlap_rows")
         parts = [x[:, index] for x in rows]
-    return _pool(parts[0], parts[1], parts[2][..., 0, 0], pool)
+    return pool_members(parts[0], parts[1], parts[2][..., 0, 0], pool)
 
 
 def _with_halo(rows: list[Tensor], plan: Plan) -> list[Tensor]:
@@ -146,7 +146,7 @@ def _by_chunk(x: Tensor, members: int, count: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, padding)).view(x.shape[0], count, members, *x.shape[2:])
 
 
-def _pool(k: Tensor, v: Tensor, sizes: Tensor, pool: AttentionPool | MlpPool | None) -> tuple[Tensor, Tensor]:
+def pool_members(k: Tensor, v: Tensor, sizes: Tensor, pool: AttentionPool | MlpPool | None) -> tuple[Tensor, Tensor]:
     """Pools the members of chunks.
 
     Args:

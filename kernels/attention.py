@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels import attention_torch
+from distattn.kernels.launching import Recording, kinds
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 
@@ -84,23 +85,32 @@ def attention_forward(
         return
     if isinstance(table, SelectedTable):
         table.check_rows(own.k.shape[1])
+    given = (q, *own, *guests, out, lse, *(bias or ()))
+    key = ("forward", scale, resume, kinds(given))
+    if recorded := table.recordings.get(key):
+        recorded.replay(given)
+        return
     kernel = choose(q, own, guests, table, out, scale, bias).kernel
+    if kernel == "torch":
+        attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, resume, bias)
+        return
+    rows = given if kernel == "hopper" else (*map(_with_dense_rows, given[:5]), *given[5:])
+    recording = Recording(rows, again=isinstance(table, TileTable))  # what is selected is selected anew for each call
     if kernel == "hopper" and isinstance(table, SelectedTable):
         from distattn.kernels import attention_hopper_selected
 
-        attention_hopper_selected.forward(q, own, guests, table, out, lse, scale, resume, bias)
+        attention_hopper_selected.forward(recording, table, scale, resume, bias is not None)
     elif kernel == "hopper":
         from distattn.kernels import attention_hopper
 
         assert isinstance(table, TileTable)
-        attention_hopper.forward(q, own, guests, table, out, lse, scale, resume)
-    elif kernel == "triton":
+        attention_hopper.forward(recording, table, scale, resume)
+    else:
         from distattn.kernels import attention_triton
 
-        q, own, guests = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
-        attention_triton.forward(q, own, guests, table, out, lse, scale, resume, bias)
-    else:
-        attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, resume, bias)
+        attention_triton.forward(recording, table, scale, resume, bias is not None)
+    if recording.ends(given):
+        table.recordings[key] = recording
 
 
 def attention_backward(
@@ -136,6 +146,13 @@ def attention_backward(
     if table.is_empty:
         return
     assert (bias is None) == (d_bias is None)
+    read, written = (q, *own, *guests, grad_out, lse, delta), (dq, *d_own, *d_guests)
+    biases = (*(bias or ()), *(d_bias or ()))
+    given = (*read, *written, *biases)
+    key = ("backward", scale, kinds(given))
+    if recorded := table.recordings.get(key):
+        recorded.replay(given)
+        return
     kernel = choose(q, own, guests, table, grad_out, scale, bias, backward=True).kernel
     # Only the kernels for Hopper write, and dK and dV only if no key/value head is read through two tables.
     share = q.shape[2] // own.k.shape[2]
@@ -144,23 +161,36 @@ def attention_backward(
     sum_own, sum_guests = (
         pages if kernel == "hopper" and alike else Pages(*map(_sums, pages)) for pages in (d_own, d_guests)
     )
+    sums = (sum_q, *sum_own, *sum_guests)
     if kernel == "hopper":
-        from distattn.kernels import attention_hopper_backward as hopper
+        from distattn.kernels import attention_hopper_backward
 
         assert isinstance(table, TileTable)  # choose says so
-        hopper.backward(q, own, guests, table, grad_out, lse, delta, sum_q, sum_own, sum_guests, scale)
+        recording = Recording((*read, *sums))
+        attention_hopper_backward.backward(recording, table, scale)
     elif kernel == "triton":
-        from distattn.kernels import attention_triton_backward as portable
+        from distattn.kernels import attention_triton_backward
 
-        rows = _with_dense_rows(q), Pages(*map(_with_dense_rows, own)), Pages(*map(_with_dense_rows, guests))
-        dense_grad = _with_dense_rows(grad_out)
-        portable.backward(*rows, table, dense_grad, lse, delta, sum_q, sum_own, sum_guests, scale, bias, d_bias)
+        rows = (*map(_with_dense_rows, read[:6]), *read[6:], *sums, *biases)
+        recording = Recording(rows, again=isinstance(table, TileTable))
+        attention_triton_backward.backward(recording, table, scale, bias is not None)
     else:
         grads = sum_q, sum_own, sum_guests
         attention_torch.backward(q, own, guests, _on_host(table), grad_out, lse, delta, *grads, scale, bias, d_bias)
-    for mine, summed in zip((dq, *d_own, *d_guests), (sum_q, *sum_own, *sum_guests), strict=True):
+    for mine, summed in zip(written, sums, strict=True):
         if mine is not summed:
             mine.add_(summed)
+    if kernel != "torch" and recording.ends(given):
+        table.recordings[key] = recording
+
+
+def prepare(q: Tensor, table: AnyTable) -> None:
+    """Makes ahead what kernels need to know of a table that was selected on a GPU, which takes many small launches."""
+    if q.is_cuda and q.dtype != torch.float64:
+        from distattn.kernels.attention_triton import programs_at_once
+        from distattn.kernels.work import query_work
+
+        query_work(table, q.device, programs_at_once(q.device))
 
 
 def _on_host(table: AnyTable) -> TileTable:

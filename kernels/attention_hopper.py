@@ -9,10 +9,7 @@ page is issued after the product with K of the next (section 3.2).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.attention_triton import programs_at_once
+from distattn.kernels.launching import Recording
 from distattn.kernels.slots_triton import merge_slots
 from distattn.kernels.table import TileTable
 from distattn.kernels.walk_hopper import (
@@ -34,7 +32,7 @@ from distattn.kernels.walk_hopper import (
     masked_by,
     packed,
     product_layout,
-    rows_descriptor,
+    rows_of,
     unpacked,
 )
 from distattn.kernels.walk_triton import (
@@ -47,10 +45,7 @@ from distattn.kernels.walk_triton import (
     partial_range,
     slot_of,
 )
-from distattn.kernels.work import grid_size, query_units, query_work
-
-if TYPE_CHECKING:
-    from distattn.kernels.attention import Pages
+from distattn.kernels.work import query_units, query_work
 
 STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
 QUERY_BUFFERS = gl.constexpr(2)  # query tiles
@@ -119,9 +114,9 @@ def _fetch(
 def multiply_keys(query, keys, visit, COLUMNS: gl.constexpr):
     """Issues query x keys of a visit once its page is there."""
     k_buffers, k_full, k_empty = keys
-    stage = visit % STAGES
+    stage = visit % k_full.shape[0]
     zero = gl.zeros([GROUP_ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    mbarrier.wait(k_full.index(stage), (visit // STAGES) & 1)
+    mbarrier.wait(k_full.index(stage), (visit // k_full.shape[0]) & 1)
     return warpgroup_mma(query, k_buffers.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -159,11 +154,11 @@ def step(
     k_buffers, k_full, k_empty = keys
     v_buffers, v_full, v_empty = values
     ACC: gl.constexpr = product_layout(V_DIM)
-    before = (visit - 1) % STAGES
-    stage = visit % STAGES
+    before = (visit - 1) % v_full.shape[0]
+    stage = visit % k_full.shape[0]
     operand = unpacked(weights, v_buffers.dtype, ACC)
     scores = multiply_keys(query, keys, visit, COLUMNS)
-    mbarrier.wait(v_full.index(before), ((visit - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), ((visit - 1) // v_full.shape[0]) & 1)
     acc = warpgroup_mma(operand, v_buffers.index(before), acc, is_async=True)
     words = 0
     if MASKED:  # loaded here, it delays no product
@@ -198,8 +193,24 @@ def store_part(slot_out, slot_lse, at, acc, factor, row_lse):
 
 
 @gluon.jit
+def rows_before(
+    out, lse, first_row, tokens, out_n, lse_n, V_DIM: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr
+):  # fmt: skip
+    """lse [64], in base 2, and out [64, V_DIM] of one head's rows, as launches before have left them.
+
+    It is apart from :func:`store_rows_continued` so that these loads can be issued early.
+    """
+    row = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, SCORES))
+    acc_row = (first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ACC))).to(gl.int64)
+    column = gl.arange(0, V_DIM, gl.SliceLayout(0, ACC))
+    old_lse = gl.load(lse + row.to(gl.int64) * lse_n, mask=row < tokens, other=float("-inf")) * LOG2_E
+    there = (acc_row < tokens)[:, None] & (column < V_DIM)[None, :]
+    return old_lse, gl.load(out + acc_row[:, None] * out_n + column[None, :], mask=there, other=0.0)
+
+
+@gluon.jit
 def store_rows_continued(
-    out, lse, first_row, tokens, out_n, lse_n, acc, factor, row_lse, RESUME: gl.constexpr
+    out, lse, first_row, tokens, out_n, lse_n, acc, factor, row_lse, old_lse, old, RESUME: gl.constexpr
 ):  # fmt: skip
     """64 rows of one head, whose float32 output other launches go on with; RESUME: together with what is there."""
     SCORES: gl.constexpr = row_lse.type.layout
@@ -207,24 +218,20 @@ def store_rows_continued(
     row = first_row + gl.arange(0, GROUP_ROWS, SCORES)
     acc_row = (first_row + gl.arange(0, GROUP_ROWS, BY_ROW)).to(gl.int64)
     column = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    lse_at = lse + row.to(gl.int64) * lse_n
-    out_at = out + acc_row[:, None] * out_n + column[None, :]
-    out_there = (acc_row < tokens)[:, None] & (column < acc.shape[1])[None, :]
     if RESUME:
-        before = gl.load(lse_at, mask=row < tokens, other=float("-inf")) * LOG2_E
-        both = gl.maximum(gl.maximum(row_lse, before), LOWEST)
-        share = gl.exp2(before - both)
+        both = gl.maximum(gl.maximum(row_lse, old_lse), LOWEST)
+        share = gl.exp2(old_lse - both)
         whole = share + gl.exp2(row_lse - both)
         factor *= gl.exp2(row_lse - both) / gl.where(whole == 0.0, 1.0, whole)
         share = share / gl.where(whole == 0.0, 1.0, whole)
         row_lse = both + gl.log2(whole)
-        old = gl.load(out_at, mask=out_there, other=0.0)
         acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
         acc += old * gl.convert_layout(share, BY_ROW)[:, None]
     else:
         acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
-    gl.store(out_at, acc, mask=out_there)
-    gl.store(lse_at, row_lse * LN_2, mask=row < tokens)
+    there = (acc_row < tokens)[:, None] & (column < acc.shape[1])[None, :]
+    gl.store(out + acc_row[:, None] * out_n + column[None, :], acc, mask=there)
+    gl.store(lse + row.to(gl.int64) * lse_n, row_lse * LN_2, mask=row < tokens)
 
 
 @gluon.jit
@@ -301,9 +308,15 @@ def _multiply(
                 at = (slot.to(gl.int64) * ALL_HEADS + head) * TILE + GROUP * GROUP_ROWS
                 store_part(slot_out, slot_lse, at, acc, factor, row_lse)
             elif CONTINUED:
+                out_rows = out + head * out_h
+                lse_rows = lse + head * lse_h
+                row = tile * TILE + GROUP * GROUP_ROWS
+                old_lse = 0.0
+                old = 0.0
+                if RESUME:
+                    old_lse, old = rows_before(out_rows, lse_rows, row, tokens, out_n, lse_n, V_DIM, SCORES, ACC)
                 store_rows_continued(
-                    out + head * out_h, lse + head * lse_h, tile * TILE + GROUP * GROUP_ROWS, tokens, out_n, lse_n,
-                    acc, factor, row_lse, RESUME,
+                    out_rows, lse_rows, row, tokens, out_n, lse_n, acc, factor, row_lse, old_lse, old, RESUME
                 )  # fmt: skip
             else:
                 row = tile * TILE + GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, SCORES))
@@ -375,37 +388,32 @@ def _forward(
     )  # fmt: skip
 
 
-def forward(
-    q: Tensor,
-    own: Pages,
-    guests: Pages,
-    table: TileTable,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    resume: bool,
-) -> None:
-    device, heads, v_dim = q.device, q.shape[2], own.v.shape[3]
+def forward(recording: Recording, table: TileTable, scale: float, resume: bool) -> None:
+    """As attention.attention_forward says, of the tensors that the recording is given: q, own, guests, out, lse."""
+    q, *pages, out, lse = recording.given
+    device, (tokens, heads), (kv_heads, v_dim) = q.device, q.shape[1:3], pages[1].shape[2:]
     programs = programs_at_once(device)
     work = query_work(table, device, programs)
     if work.most == 0:
         return
-    units, _, side_by_side = query_units(table.head_table, own.k.shape[2], 1, device)
-    slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
-    slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
+    units, _, side_by_side = query_units(table.head_table, kv_heads, 1, device)
+    slot_out = recording.temporary(work.slots, heads, table.block_q, v_dim)
+    slot_lse = recording.temporary(work.slots, heads, table.block_q)
     numbers = len(units) * work.most
     continued = out.dtype == torch.float32
-    guests = guests if guests.k.shape[1] else own  # a descriptor of nothing is not to be had
+    if not pages[2].shape[1]:
+        pages[2:] = pages[:2]  # a descriptor of nothing is not to be had
+    heads_apart = [x.strides[2] for x in (q, *pages)]
     visits = work.visits
     for b in range(q.shape[0]):
-        pages = [x[b] for x in (*own, *guests)]
-        _forward[(grid_size(numbers, programs),)](
-            rows_descriptor(q[b], 64), *(rows_descriptor(x, 128) for x in pages),
-            out[b] if continued else rows_descriptor(out[b], 64), lse[b], slot_out, slot_lse,
+        recording.launch(
+            _forward, (min(numbers, programs),),
+            rows_of(q, b, 64), *(rows_of(x, b, 128) for x in pages),
+            out.at(b) if continued else rows_of(out, b, 64), lse.at(b), slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
-            visits.part_mask, visits.masks, q.shape[1], table.own_pages, table.tiles, work.most, numbers,
-            scale * LOG2_E.value, q.stride(2), *(x.stride(1) for x in pages), *out.stride()[1:3], *lse.stride()[1:],
+            visits.part_mask, visits.masks, tokens, table.own_pages, table.tiles, work.most, numbers,
+            scale * LOG2_E.value, *heads_apart, *out.strides[1:3], *lse.strides[1:],
             SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
             CONTINUED=continued, RESUME=resume, num_warps=4,
         )  # fmt: skip
-        merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, 1, resume)
+        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, 1, resume)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from distattn.kernels.configurations import Sizes, configuration, taken_together
+from distattn.kernels.launching import Recording, strides_of
 from distattn.kernels.slots_triton import merge_slots
 from distattn.kernels.walk_triton import (
     LN_2,
@@ -35,7 +35,6 @@ from distattn.kernels.walk_triton import (
 from distattn.kernels.work import query_units, query_work
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Biases, Pages
     from distattn.kernels.selected import AnyTable
 
 
@@ -219,46 +218,38 @@ def heads_together(block_q: int, dtype: torch.dtype) -> int:
     return (64 if dtype == torch.float32 else 128) // rows
 
 
-def forward(
-    q: Tensor,
-    own: Pages,
-    guests: Pages,
-    table: AnyTable,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    resume: bool,
-    bias: Biases | None,
-) -> None:
-    device, heads, dim = q.device, q.shape[2], q.shape[3]
-    v_dim = own.v.shape[3]
+def forward(recording: Recording, table: AnyTable, scale: float, resume: bool, has_bias: bool) -> None:
+    """As attention.attention_forward says.
+
+    The recording is given q, own, guests, out, lse and, with ``has_bias``, bias.
+    """
+    q, k, v, guest_k, guest_v, out, lse, *bias = recording.given
+    device, dtype, (_, tokens, heads, dim), (kv_heads, v_dim) = q.device, q.dtype, q.shape, v.shape[2:]
     work = query_work(table, device, programs_at_once(device))
     if work.most == 0:
         return
-    units, size, side_by_side = query_units(
-        table.head_table, own.k.shape[2], heads_together(table.block_q, q.dtype), device
-    )
+    units, size, side_by_side = query_units(table.head_table, kv_heads, heads_together(table.block_q, dtype), device)
     size_2 = triton.next_power_of_2(size)
     rows = max(16, triton.next_power_of_2(table.block_q) * size_2)
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
     page_rows = max(16, triton.next_power_of_2(table.block_k))
     sizes = Sizes(rows, page_rows, max(dim_2, v_dim_2))
     whole = table.names_pages and page_rows == table.block_k  # whole words of masks
-    chosen = configuration("forward", device, q.dtype, taken_together("forward", sizes) if whole else sizes)
-    slot_out = q.new_empty((work.slots, heads, table.block_q, v_dim), dtype=torch.float32)
-    slot_lse = q.new_empty((work.slots, heads, table.block_q), dtype=torch.float32)
-    biases = (lse, lse) if bias is None else bias  # any pointer will do where none is read
+    chosen = configuration("forward", device, dtype, taken_together("forward", sizes) if whole else sizes)
+    slot_out = recording.temporary(work.slots, heads, table.block_q, v_dim)
+    slot_lse = recording.temporary(work.slots, heads, table.block_q)
+    # Any pointer will do where none is read.
+    tensors = (q, out, lse, k, v, guest_k, guest_v, *(bias or (lse, lse)))
     for b in range(q.shape[0]):
-        strides = [n for x in (q, out, lse, *own, *guests, *biases) for n in x.stride()[1:3]]
-        _forward[(len(units) * work.most,)](
-            q[b], out[b], lse[b], *(x[b] for x in (*own, *guests, *biases)), slot_out, slot_lse,
+        recording.launch(
+            _forward, (len(units) * work.most,), *(x.at(b) for x in tensors), slot_out, slot_lse,
             work.items, work.item_ptr, units, *work.visits,
-            q.shape[1], own.k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides,
+            tokens, k.shape[1], table.own_pages, table.tiles, work.most, scale, *strides_of(*tensors),
             MASK_ROWS=table.mask_rows, BLOCK_Q=table.block_q, BLOCK_K=table.block_k, COLUMNS=chosen.columns,
             ROWS=rows, HEADS=size, HEADS_2=size_2, ALL_HEADS=heads, DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
             SIDE_BY_SIDE=side_by_side,
-            ONE_TABLE=work.one_table, RESUME=resume, BIAS=bias is not None,
+            ONE_TABLE=work.one_table, RESUME=resume, BIAS=has_bias,
             LISTED=whole and chosen.columns > page_rows, MASKS=table.has_masks, STAGES=chosen.stages,
-            PRECISION=precision(q.dtype), num_warps=chosen.warps,
+            PRECISION=precision(dtype), num_warps=chosen.warps,
         )  # fmt: skip
-        merge_slots(out[b], lse[b], slot_out, slot_lse, table, work, units, size, resume)
+        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, size, resume)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from distattn.kernels.attention_triton import heads_together, precision, programs_at_once
 from distattn.kernels.configurations import Sizes, configuration, taken_together
-from distattn.kernels.slots_triton import add_key_slots, add_query_slots, add_slots
+from distattn.kernels.launching import Recording, strides_of
+from distattn.kernels.slots_triton import add_key_slots, add_query_slots
 from distattn.kernels.walk_triton import (
     LOG2_E,
     find_item,
@@ -34,7 +35,6 @@ from distattn.kernels.walk_triton import (
 from distattn.kernels.work import key_units, key_work, query_units, query_work
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Biases, Pages
     from distattn.kernels.selected import AnyTable
 
 
@@ -345,26 +345,17 @@ def _grad_keys(
             tl.store(slot_db + at, acc_b, mask=there)
 
 
-def backward(
-    q: Tensor,
-    own: Pages,
-    guests: Pages,
-    table: AnyTable,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    d_own: Pages,
-    d_guests: Pages,
-    scale: float,
-    bias: Biases | None,
-    d_bias: Biases | None,
-) -> None:
-    device, heads, dim = q.device, q.shape[2], q.shape[3]
-    kv_heads, v_dim = own.v.shape[2:]
+def backward(recording: Recording, table: AnyTable, scale: float, has_bias: bool) -> None:
+    """As attention.attention_backward says.
+
+    The recording is given q, own, guests, grad_out, lse, delta, dq, d_own, d_guests and, with ``has_bias``, bias and
+    d_bias.
+    """
+    q, k, v, guest_k, guest_v, grad_out, lse, delta, dq, dk, dv, guest_dk, guest_dv, *more = recording.given
+    device, dtype, (_, tokens, heads, dim), (kv_heads, v_dim) = q.device, q.dtype, q.shape, v.shape[2:]
     share = heads // kv_heads
     programs = programs_at_once(device)
-    units, size, side_by_side = query_units(table.head_table, kv_heads, heads_together(table.block_q, q.dtype), device)
+    units, size, side_by_side = query_units(table.head_table, kv_heads, heads_together(table.block_q, dtype), device)
     by_query = query_work(table, device, programs)
     if by_query.most == 0:
         return
@@ -374,51 +365,44 @@ def backward(
     page_rows = max(16, triton.next_power_of_2(table.block_k))
     dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
     sizes = Sizes(tile_rows, page_rows, max(dim_2, v_dim_2))
-    for_queries = configuration("queries", device, q.dtype, sizes)
+    for_queries = configuration("queries", device, dtype, sizes)
     key_sizes = taken_together("keys", sizes) if table.names_pages else sizes
-    for_keys = configuration("keys", device, q.dtype, key_sizes)
+    for_keys = configuration("keys", device, dtype, key_sizes)
     shared = dict(
         MASK_ROWS=table.mask_rows, BLOCK_Q=table.block_q, BLOCK_K=table.block_k, HEADS=size, HEADS_2=size_2,
-        BIAS=bias is not None, PRECISION=precision(q.dtype), DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
+        BIAS=has_bias, PRECISION=precision(dtype), DIM=dim, DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2,
     )  # fmt: skip
-    slots = dq.new_empty(by_query.slots, heads, table.block_q, dim)
-    slot_dk = dq.new_empty(by_key.slots, kv_heads, table.block_k, dim)
-    slot_dv = dq.new_empty(by_key.slots, kv_heads, table.block_k, v_dim)
-    slot_db = dq.new_empty(by_key.slots, kv_heads, table.block_k)
-    rows = (q, grad_out, lse, delta)
+    slots = recording.temporary(by_query.slots, heads, table.block_q, dim)
+    slot_dk = recording.temporary(by_key.slots, kv_heads, table.block_k, dim)
+    slot_dv = recording.temporary(by_key.slots, kv_heads, table.block_k, v_dim)
+    slot_db = recording.temporary(by_key.slots, kv_heads, table.block_k)
     # Any pointer will do where none is read.
-    biases, d_biases = ((lse, lse) if x is None else x for x in (bias, d_bias))
+    bias, guest_bias, db, guest_db = more or (lse,) * 4
+    pages = (k, v, guest_k, guest_v, bias, guest_bias)
+    of_queries = (q, grad_out, lse, delta, dq, *pages)
+    of_keys = (q, grad_out, lse, delta, *pages, dk, dv, guest_dk, guest_dv, db, guest_db)
     for b in range(q.shape[0]):
-        _grad_queries[(len(units) * by_query.most,)](
-            q[b], grad_out[b], lse[b], delta[b], dq[b], *_at(b, own, guests, biases), slots,
+        recording.launch(
+            _grad_queries, (len(units) * by_query.most,), *(x.at(b) for x in of_queries), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
-            q.shape[1], own.k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
-            *_strides(*rows, dq, *own, *guests, *biases), COLUMNS=for_queries.columns,
+            tokens, k.shape[1], table.own_pages, table.tiles, by_query.most, scale,
+            *strides_of(*of_queries), COLUMNS=for_queries.columns,
             ROWS=tile_rows, STAGES=for_queries.stages, num_warps=for_queries.warps,
             ALL_HEADS=heads, SIDE_BY_SIDE=side_by_side, ONE_TABLE=by_query.one_table, **shared,
         )  # fmt: skip
-        add_query_slots(dq[b], slots, table, by_query, units, size)
+        add_query_slots(recording, dq, b, slots, table, by_query, units, size)
         for kv_units in key_units(table.head_table, kv_heads, device):
             subs = -(-table.block_k // for_keys.columns)
-            _grad_keys[(len(kv_units) * by_key.most * subs,)](
-                q[b], grad_out[b], lse[b], delta[b], *_at(b, own, guests, biases, d_own, d_guests, d_biases),
+            recording.launch(
+                _grad_keys, (len(kv_units) * by_key.most * subs,), *(x.at(b) for x in of_keys),
                 slot_dk, slot_dv, slot_db,
                 by_key.items, by_key.item_ptr, kv_units, *by_key.visits,
-                q.shape[1], own.k.shape[1], table.own_pages, table.pages, by_key.most, scale,
-                *_strides(*rows, *own, *guests, *biases, *d_own, *d_guests, *d_biases), COLUMNS=for_keys.columns,
+                tokens, k.shape[1], table.own_pages, table.pages, by_key.most, scale,
+                *strides_of(*of_keys), COLUMNS=for_keys.columns,
                 SUBS=subs, ROWS=for_keys.rows, TILE_ROWS=tile_rows, MASKS=table.has_masks, KV_HEADS=kv_heads,
                 STAGES=for_keys.stages, num_warps=for_keys.warps, ONE_TABLE=by_key.one_table, **shared,
             )  # fmt: skip
-            add_key_slots(d_own, d_guests, b, slot_dk, slot_dv, table, by_key, kv_units)
-            if d_bias is not None:
-                mine, others = (x[b].unsqueeze(-1) for x in d_bias)
-                add_slots(mine, others, slot_db.unsqueeze(-1), table, by_key, kv_units)
-
-
-def _at(b: int, *pages: tuple[Tensor, ...]) -> list[Tensor]:
-    return [x[b] for pair in pages for x in pair]
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of the rows and the heads of each."""
-    return [n for x in tensors for n in x.stride()[1:3]]
+            add_key_slots(recording, dk, guest_dk, b, slot_dk, table, by_key, kv_units)
+            add_key_slots(recording, dv, guest_dv, b, slot_dv, table, by_key, kv_units)
+            if has_bias:
+                add_key_slots(recording, db, guest_db, b, slot_db, table, by_key, kv_units)

@@ -5,14 +5,17 @@ Each function runs in PyTorch operations on CPUs and in one Triton kernel on GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from distattn.kernels.launching import Recording
 
 # Up to this many runs are copied one by one; more are gathered through an index.
 _FEW_RUNS = 16
@@ -22,11 +25,26 @@ _FEW_RUNS = 16
 class Places:
     """Rows of some heads of a tensor [batch, rows, heads, dim].
 
-    runs: int64 [n, 2], rows first .. stop - 1 each. heads: indices.
+    runs: int64 [n, 2], rows first .. stop - 1 each. heads: indices. parts: what these were joined from, if they were,
+    see :meth:`joined`.
     """
 
     runs: NDArray[np.int64]
     heads: tuple[int, ...]
+    parts: tuple[Places, ...] = ()
+
+    @staticmethod
+    def joined(parts: Sequence[Places]) -> Places:
+        """Places that are packed one after the other, each as if it were alone, and all in one launch.
+
+        parts: one or more, with equal heads and no parts of their own.
+        """
+        assert len({part.heads for part in parts}) == 1 and not any(part.parts for part in parts)
+        return Places(np.concatenate([part.runs for part in parts]), parts[0].heads, tuple(parts))
+
+    def size(self, tensors: Sequence[Tensor]) -> int:
+        """Numbers that these rows of all tensors have."""
+        return self.count * len(self.heads) * sum(x.shape[0] * x.shape[3] for x in tensors)
 
     @cached_property
     def count(self) -> int:
@@ -44,24 +62,51 @@ class Places:
         return {}
 
     def on(self, device: torch.device) -> Tensor:
-        """int64 [2 n + 1 + heads] on a device: where runs begin, how many rows come before each and in all, heads."""
+        """int64 [4 n + heads] on a device: of each run where it begins, how many rows come before it, how many before
+        its part, and how many its part has; and the heads."""
         if device not in self._there:
-            before = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.runs[:, 1] - self.runs[:, 0])))
-            flat = np.concatenate((self.runs[:, 0], before, np.asarray(self.heads, np.int64)))
+            parts = self.parts or (self,)
+            runs, counts = [len(part.runs) for part in parts], [part.count for part in parts]
+            length = self.runs[:, 1] - self.runs[:, 0]
+            before = np.cumsum(length) - length, np.repeat(np.cumsum(counts) - counts, runs), np.repeat(counts, runs)
+            flat = np.concatenate((self.runs[:, 0], *before, self.heads)).astype(np.int64)
             self._there[device] = torch.from_numpy(flat).to(device)
         return self._there[device]
 
+    @cached_property
+    def recordings(self) -> dict[Hashable, Recording]:
+        """Launches that move these rows, by all else that they were made from."""
+        return {}
+
 
 def pack_rows(tensors: Sequence[Tensor], places: Places) -> Tensor:
-    """The rows and heads of all tensors as one flat tensor: [batch, count, heads, dim] of the first, of the next, ...
+    """The rows and heads of all tensors as one flat tensor: [batch, count, heads, dim] of the first, and of the second.
 
-    tensors: [batch, rows, heads, dim], of one dtype on one device, any strides.
+    Of joined places, these of the first part, then those of the next.
+
+    tensors: one or two [batch, rows, heads, dim], of one dtype on one device, any strides.
     """
     if tensors[0].is_cuda:
         from distattn.kernels import rows_triton
 
         return rows_triton.pack_rows(tensors, places)
-    return torch.cat([_heads(_taken(x, places), places.heads).reshape(-1) for x in tensors])
+    parts = places.parts or (places,)
+    return torch.cat([_heads(_taken(x, part), part.heads).reshape(-1) for part in parts for x in tensors])
+
+
+def rows_in_place(x: Tensor, places: Sequence[Places]) -> Tensor | None:
+    """A flat view of rows of x, those of several places one after the other, in the form of :func:`pack_rows`.
+
+    None where they do not lie in memory like that: batches of several, some heads only, rows that do not follow one
+    another.
+    """
+    runs = [run for part in places for run in part.runs.tolist()]
+    if not runs:
+        return x.new_empty(0)
+    whole = x.shape[0] == 1 and x[0].is_contiguous() and all(len(part.heads) == x.shape[2] for part in places)
+    if not whole or any(stop != first for (_, stop), (first, _) in pairwise(runs)):
+        return None
+    return x[0, runs[0][0] : runs[-1][1]].flatten()
 
 
 def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None:
@@ -71,25 +116,60 @@ def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None
 
         rows_triton.unpack_rows(tensors, places, flat)
         return
-    for x, values in zip(tensors, split_rows(tensors, places, flat), strict=True):
-        _each_run(x, places, values, lambda old, new: old.copy_(new))
+    parts = places.parts or (places,)
+    for part, packed in zip(parts, flat.split([part.size(tensors) for part in parts]), strict=True):
+        for x, values in zip(tensors, split_rows(tensors, part, packed), strict=True):
+            _each_run(x, part, values, lambda old, new: old.copy_(new))
 
 
 def split_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> list[Tensor]:
-    """What :func:`pack_rows` made, by tensor: [batch, count, heads, dim] each, without a copy."""
+    """What :func:`pack_rows` made, by tensor: [batch, count, heads, dim] each, without a copy. Not of joined places."""
+    assert not places.parts
     shapes = [(x.shape[0], places.count, len(places.heads), x.shape[3]) for x in tensors]
     parts = flat.split([int(np.prod(shape)) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
-    """Adds values [batch, count, heads, dim], contiguous, to rows and heads of x."""
+    """Adds values [batch, count, heads, dim], contiguous, to rows and heads of x. Not of joined places."""
+    assert not places.parts
     if x.is_cuda:
         from distattn.kernels import rows_triton
 
         rows_triton.add_rows(x, places, values)
         return
     _each_run(x, places, values, lambda old, new: old.add_(new))
+
+
+def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
+    """[n, batch, chunk, dim]: chunks of rows of x, one head each; zeros beyond its last row.
+
+    x: [batch, rows, heads, dim], any strides. page, head: int64 [n]: rows page * chunk .. of that head.
+    """
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        return rows_triton.take_chunks(x, page, head, chunk)
+    padding = -x.shape[1] % chunk
+    whole = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk))
+    taken: Tensor = whole[:, page, :, head]
+    return taken.contiguous()
+
+
+def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
+    """Adds to x what :func:`take_chunks` takes, values [n, batch, chunk, dim]; no chunk of a head may be twice."""
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.add_chunks(x, page, head, values)
+        return
+    chunk = values.shape[2]
+    whole = x.shape[1] // chunk
+    by_chunk = x[:, : whole * chunk].unflatten(1, (whole, chunk))
+    short = page == whole
+    by_chunk[:, page[~short], :, head[~short]] += values[~short]
+    for part, last in zip(values[short], head[short].tolist(), strict=True):
+        x[:, whole * chunk :, last] += part[:, : x.shape[1] - whole * chunk]
 
 
 def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
@@ -136,6 +216,21 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
     union = torch.logaddexp(lse, other_lse)
     base = union.masked_fill(union == -torch.inf, 0.0)
     return out * (lse - base).exp().unsqueeze(-1) + other_out * (other_lse - base).exp().unsqueeze(-1), union
+
+
+def merge_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`merge` of any number of sets of keys.
+
+    Args:
+        outs: [sets, ..., value_dim] in the accumulator's dtype; 0 where a set has no key.
+        lses: [sets, ...]; -inf there.
+    """
+    highest = lses.amax(0)
+    base = highest.masked_fill(highest == -torch.inf, 0.0)
+    weights = (lses - base).exp()
+    total = weights.sum(0)
+    out = (outs * weights.unsqueeze(-1)).sum(0) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+    return out, base + total.log()
 
 
 def gate(parts: Sequence[Tensor], gates: Tensor) -> Tensor:

@@ -9,35 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.launching import Part, Recording, kinds
 from distattn.kernels.rows import Places
 
 _PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["runs", "count"])
-def _move_rows(
-    x, flat, places, runs, count, x_b, x_n, x_h, x_d,
-    WAY: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
+@triton.jit
+def _move_part(
+    x, flat, at, flat_row, there, batch, head, x_b, x_n, x_h, x_d, WAY: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, head, batch): ROWS rows of one head between x and flat [batch, count, HEADS, DIM]."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    number = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    there = row < count
-    # The last run that begins at or before a row, found bit by bit.
-    before = places + runs
-    run = tl.zeros([ROWS], tl.int32)
-    for step in tl.static_range(STEPS):
-        candidate = run + (1 << (STEPS - 1 - step))
-        fits = (candidate < runs) & (tl.load(before + tl.minimum(candidate, runs - 1)) <= row)
-        run = tl.where(fits, candidate, run)
-    at = tl.load(places + run) + row - tl.load(before + run)
-    head = tl.load(places + 2 * runs + 1 + number)
+    """Rows ``at`` of a head of x, and rows ``flat_row`` of flat, DIM numbers each."""
     d = tl.arange(0, DIM_2).to(tl.int64)
     mask = there[:, None] & (d < DIM)
     x_at = x + batch * x_b + head * x_h + at[:, None] * x_n + d * x_d
-    flat_at = flat + ((batch * count + row) * HEADS + number)[:, None] * DIM + d
+    flat_at = flat + flat_row[:, None] * DIM + d
     if WAY == _PACK:
         tl.store(flat_at, tl.load(x_at, mask=mask), mask=mask)
     else:
@@ -47,35 +34,126 @@ def _move_rows(
         tl.store(x_at, values, mask=mask)
 
 
-def _move(x: Tensor, flat: Tensor, places: Places, way: tl.constexpr) -> None:
-    batch, _, _, dim = x.shape
-    heads = len(places.heads)
-    if not (places.count and heads and batch and dim):
+@triton.jit(do_not_specialize=["runs", "count"])
+def _move_rows(
+    x, y, flat, places, runs, count, x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d,
+    WAY: tl.constexpr, HEADS: tl.constexpr, X_DIM: tl.constexpr, X_DIM_2: tl.constexpr, Y_DIM: tl.constexpr,
+    Y_DIM_2: tl.constexpr, TENSORS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, head, batch and tensor): ROWS rows of one head of x or y, of which there is none if TENSORS is 1.
+
+    flat: of each part of the places [batch, its rows, HEADS, X_DIM] of x, then [batch, its rows, HEADS, Y_DIM] of y.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    number = tl.program_id(1)
+    batch = (tl.program_id(2) // TENSORS).to(tl.int64)
+    there = row < count
+    # The last run that begins at or before a row, found bit by bit.
+    before = places + runs
+    run = tl.zeros([ROWS], tl.int32)
+    for step in tl.static_range(STEPS):
+        candidate = run + (1 << (STEPS - 1 - step))
+        fits = (candidate < runs) & (tl.load(before + tl.minimum(candidate, runs - 1)) <= row)
+        run = tl.where(fits, candidate, run)
+    at = tl.load(places + run) + row - tl.load(before + run)
+    part_begin = tl.load(places + 2 * runs + run)
+    part_rows = tl.load(places + 3 * runs + run)
+    head = tl.load(places + 4 * runs + number)
+    heads = (tl.num_programs(2) // TENSORS) * HEADS  # of all sequences
+    begin = part_begin * heads * (X_DIM + Y_DIM)
+    flat_row = (batch * part_rows + row - part_begin) * HEADS + number
+    if tl.program_id(2) % TENSORS == 0:
+        _move_part(x, flat + begin[:, None], at, flat_row, there, batch, head, x_b, x_n, x_h, x_d, WAY, X_DIM, X_DIM_2)
+    else:
+        begin += part_rows * heads * X_DIM
+        _move_part(y, flat + begin[:, None], at, flat_row, there, batch, head, y_b, y_n, y_h, y_d, WAY, Y_DIM, Y_DIM_2)
+
+
+def _move(tensors: Sequence[Tensor], flat: Tensor, places: Places, way: tl.constexpr) -> None:
+    """One launch for one tensor or two."""
+    assert 1 <= len(tensors) <= 2
+    batch, heads = len(tensors[0]), len(places.heads)
+    if not (places.count and heads and flat.numel()):
         return
-    dim_2 = triton.next_power_of_2(dim)
-    rows = max(1, 4096 // dim_2)
-    _move_rows[(triton.cdiv(places.count, rows), heads, batch)](
-        x, flat, places.on(x.device), len(places.runs), places.count, *x.stride(), WAY=way.value, HEADS=heads, DIM=dim,
-        DIM_2=dim_2, ROWS=rows, STEPS=-(-len(places.runs).bit_length() // 4) * 4,
+    given = (*tensors, flat)
+    key = (way.value, kinds(given))
+    if recorded := places.recordings.get(key):
+        recorded.replay(given)
+        return
+    assert flat.numel() == places.size(tensors)
+    recording = Recording(given)
+    *parts, flat_part = (Part(number, 0, x) for number, x in enumerate(given))
+    dims = [x.shape[3] for x in tensors]
+    dims_2 = [triton.next_power_of_2(dim) for dim in dims]
+    rows, runs = max(1, 4096 // max(dims_2)), len(places.runs)
+    recording.launch(
+        _move_rows, (triton.cdiv(places.count, rows), heads, batch * len(tensors)),
+        parts[0], parts[-1], flat_part, places.on(flat.device), runs, places.count,
+        *tensors[0].stride(), *tensors[-1].stride(), WAY=way.value, HEADS=heads, X_DIM=dims[0],
+        X_DIM_2=dims_2[0], Y_DIM=sum(dims[1:]), Y_DIM_2=dims_2[-1], TENSORS=len(tensors), ROWS=rows,
+        STEPS=-(-runs.bit_length() // 4) * 4,
     )  # fmt: skip
+    if recording.ends(given):
+        places.recordings[key] = recording
 
 
 def pack_rows(tensors: Sequence[Tensor], places: Places) -> Tensor:
-    sizes = [x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors]
-    flat = tensors[0].new_empty(sum(sizes))
-    for x, part in zip(tensors, flat.split(sizes), strict=True):
-        _move(x, part, places, _PACK)
+    flat = tensors[0].new_empty(places.size(tensors))
+    _move(tensors, flat, places, _PACK)
     return flat
 
 
 def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None:
-    sizes = [x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors]
-    for x, part in zip(tensors, flat.split(sizes), strict=True):
-        _move(x, part, places, _UNPACK)
+    _move(tensors, flat, places, _UNPACK)
 
 
 def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
-    _move(x, values.contiguous(), places, _ADD)
+    _move([x], values.contiguous(), places, _ADD)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _move_chunks(
+    x, flat, pages, heads, rows, x_b, x_n, x_h, x_d,
+    WAY: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (number, rows, batch): ROWS rows of one chunk between x, which has ``rows`` rows, and flat.
+
+    flat: [n, batch, CHUNK, DIM].
+    """
+    number = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    batch = tl.program_id(2)
+    at = tl.load(pages + number).to(tl.int64) * CHUNK + row
+    d = tl.arange(0, DIM_2).to(tl.int64)
+    inside = (row < CHUNK)[:, None] & (d < DIM)
+    there = inside & (at < rows)[:, None]
+    x_at = x + batch.to(tl.int64) * x_b + tl.load(heads + number) * x_h + at[:, None] * x_n + d * x_d
+    flat_at = flat + ((number * tl.num_programs(2) + batch) * CHUNK + row)[:, None] * DIM + d
+    if WAY == _PACK:
+        tl.store(flat_at, tl.load(x_at, mask=there, other=0.0), mask=inside)
+    else:
+        tl.store(x_at, tl.load(x_at, mask=there) + tl.load(flat_at, mask=there), mask=there)
+
+
+def _chunks(x: Tensor, flat: Tensor, page: Tensor, head: Tensor, way: tl.constexpr) -> None:
+    batch, chunk, dim = flat.shape[1:]
+    if not flat.numel():
+        return
+    dim_2 = triton.next_power_of_2(dim)
+    rows = min(max(1, 8192 // dim_2), triton.next_power_of_2(chunk))
+    _move_chunks[(len(page), triton.cdiv(chunk, rows), batch)](
+        x, flat, page, head, x.shape[1], *x.stride(), WAY=way.value, CHUNK=chunk, DIM=dim, DIM_2=dim_2, ROWS=rows
+    )
+
+
+def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
+    taken = x.new_empty((len(page), x.shape[0], chunk, x.shape[3]))
+    _chunks(x, taken, page, head, _PACK)
+    return taken
+
+
+def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
+    _chunks(x, values, page, head, _ADD)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -6,17 +6,18 @@ and dV. Each piece has a slot; work.py says which.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.launching import Given, Part, Recording
 from distattn.kernels.walk_triton import LN_2, LOG2_E, LOWEST, UNIT_SIZE, page_length, page_rows, tile_rows
 from distattn.kernels.work import Work
 
 if TYPE_CHECKING:
-    from distattn.kernels.attention import Pages
     from distattn.kernels.selected import AnyTable
 
 
@@ -64,17 +65,19 @@ def _merge_slots(
 
 
 def merge_slots(
-    out: Tensor,
-    lse: Tensor,
-    slot_out: Tensor,
-    slot_lse: Tensor,
+    recording: Recording,
+    out: Given,
+    lse: Given,
+    b: int,
+    slot_out: Part | Tensor,
+    slot_lse: Part | Tensor,
     table: AnyTable,
     work: Work,
     units: Tensor,
     size: int,
     resume: bool,
 ) -> None:
-    """Merges the partial results of rows that were cut into out [tokens, heads, value_dim] and lse [tokens, heads].
+    """Merges the partial results of rows that were cut into sequence b of out and lse.
 
     slot_out: float32 [slots, heads, block_q, value_dim], slot_lse: float32 [slots, heads, block_q]; units of ``size``
     heads.
@@ -82,10 +85,11 @@ def merge_slots(
     if not work.slots:
         return
     size_2 = triton.next_power_of_2(size)
-    tokens, heads, v_dim = out.shape
-    _merge_slots[(len(units) * work.most_split,)](
-        out, lse, slot_out, slot_lse, work.split, work.split_ptr, units, tokens, table.tiles, work.most_split,
-        *out.stride()[:2], *lse.stride(), BLOCK_Q=table.block_q,
+    _, tokens, heads, v_dim = out.shape
+    recording.launch(
+        _merge_slots, (len(units) * work.most_split,), out.at(b), lse.at(b), slot_out, slot_lse,
+        work.split, work.split_ptr, units, tokens, table.tiles, work.most_split,
+        *out.strides[1:3], *lse.strides[1:], BLOCK_Q=table.block_q,
         ROWS=max(16, triton.next_power_of_2(table.block_q) * size_2), HEADS=size, HEADS_2=size_2, ALL_HEADS=heads,
         V_DIM=v_dim, V_DIM_2=max(16, triton.next_power_of_2(v_dim)), RESUME=resume, num_warps=8,
     )  # fmt: skip
@@ -125,47 +129,53 @@ def _add_slots(
     tl.store(sum_at, acc.to(own.dtype.element_ty), mask=mask)
 
 
-def add_query_slots(dq: Tensor, slots: Tensor, table: AnyTable, work: Work, units: Tensor, size: int) -> None:
-    """Adds the partial results of query tiles that were cut to dq [tokens, heads, head_dim].
+def add_query_slots(
+    recording: Recording,
+    dq: Given,
+    b: int,
+    slots: Part | Tensor,
+    table: AnyTable,
+    work: Work,
+    units: Tensor,
+    size: int,
+) -> None:
+    """Adds the partial results of query tiles that were cut to sequence b of dq.
 
     slots: float32 [slots, heads, block_q, head_dim]; units of ``size`` heads.
     """
     if not work.slots:
         return
-    tokens, heads, dim = dq.shape
-    _add_slots[(len(units) * work.most_split * size,)](
-        dq, dq, slots, work.split, work.split_ptr, units, tokens, table.tiles, table.tiles, work.most_split,
-        *dq.stride()[:2], *dq.stride()[:2], BLOCK=table.block_q, ROWS=triton.next_power_of_2(table.block_q), HEAD=1,
+    _, tokens, heads, dim = dq.shape
+    recording.launch(
+        _add_slots, (len(units) * work.most_split * size,), dq.at(b), dq.at(b), slots,
+        work.split, work.split_ptr, units, tokens, table.tiles, table.tiles, work.most_split,
+        *dq.strides[1:3], *dq.strides[1:3], BLOCK=table.block_q, ROWS=triton.next_power_of_2(table.block_q), HEAD=1,
         HEADS=size, ALL_HEADS=heads, DIM=dim, DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
     )  # fmt: skip
 
 
 def add_key_slots(
-    d_own: Pages,
-    d_guests: Pages,
+    recording: Recording,
+    own: Given,
+    guests: Given,
     b: int,
-    slot_dk: Tensor,
-    slot_dv: Tensor,
+    slots: Part | Tensor,
     table: AnyTable,
     work: Work,
     kv_units: Tensor,
 ) -> None:
-    """Adds the partial results of pages that were cut to the gradients of sequence b.
+    """Adds the partial results of pages that were cut to sequence b of gradients [batch, rows, kv_heads, dim].
 
-    slot_dk: float32 [slots, kv_heads, block_k, head_dim], slot_dv likewise with value_dim.
+    Those of biases have no dim. slots: float32 [slots, kv_heads, block_k, dim].
     """
-    add_slots(d_own.k[b], d_guests.k[b], slot_dk, table, work, kv_units)
-    add_slots(d_own.v[b], d_guests.v[b], slot_dv, table, work, kv_units)
-
-
-def add_slots(own: Tensor, guests: Tensor, slots: Tensor, table: AnyTable, work: Work, kv_units: Tensor) -> None:
-    """Adds partial results of pages to own and guests [rows, kv_heads, dim]; slots: [slots, kv_heads, block_k, dim]."""
     if not work.slots:
         return
-    rows, kv_heads, dim = own.shape
-    _add_slots[(len(kv_units) * work.most_split,)](
-        own, guests, slots, work.split, work.split_ptr, kv_units, rows, table.own_pages, table.pages,
-        work.most_split, *own.stride()[:2], *guests.stride()[:2], BLOCK=table.block_k,
+    _, rows, kv_heads, *dims = own.shape
+    dim = prod(dims)
+    recording.launch(
+        _add_slots, (len(kv_units) * work.most_split,), own.at(b), guests.at(b), slots,
+        work.split, work.split_ptr, kv_units, rows, table.own_pages, table.pages, work.most_split,
+        *own.strides[1:3], *guests.strides[1:3], BLOCK=table.block_k,
         ROWS=max(16, triton.next_power_of_2(table.block_k)), HEAD=2, HEADS=1, ALL_HEADS=kv_heads, DIM=dim,
         DIM_2=max(16, triton.next_power_of_2(dim)), num_warps=8,
     )  # fmt: skip

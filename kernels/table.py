@@ -5,6 +5,7 @@ A kernel needs no more than this. It never learns what a pattern, a plan or a ra
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distattn import spans as sp
+from distattn.kernels.launching import Recording
 from distattn.kernels.masks import Masks
 from distattn.spans import Ints, Spans
 
@@ -61,6 +63,11 @@ class Tiling:
     @cached_property
     def cache(self) -> dict[object, Any]:
         """What kernels have made of the table, such as its copy on a device."""
+        return {}
+
+    @cached_property
+    def recordings(self) -> dict[Hashable, Recording]:
+        """Launches of kernels over this table, by all else that they were made from."""
         return {}
 
 
@@ -138,15 +145,14 @@ class TileTable(Tiling):
         """Whether some row visits nothing."""
         return not (self.full_pages + self.part_pages).all()
 
-    @cached_property
-    def visits_guests(self) -> NDArray[np.bool_]:
-        """bool [tiles]: whether some table of the tile visits a guest page."""
+    def visits_from(self, page: int) -> NDArray[np.bool_]:
+        """bool [tiles]: whether some table of the tile visits a page of this number or a later one."""
         rows = self.tables * self.tiles
         run_row = np.repeat(np.arange(rows), np.diff(self.full_ptr))
         part_row = np.repeat(np.arange(rows), np.diff(self.part_ptr))
         out = np.zeros(rows, np.bool_)
-        out[run_row[self.full_first + self.full_count > self.own_pages]] = True
-        out[part_row[self.part_page >= self.own_pages]] = True
+        out[run_row[self.full_first + self.full_count > page]] = True
+        out[part_row[self.part_page >= page]] = True
         return np.asarray(out.reshape(self.tables, self.tiles).any(axis=0))
 
     @cached_property

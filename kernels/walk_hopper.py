@@ -1,7 +1,7 @@
 """What the kernels for Hopper GPUs share, in Triton's Gluon dialect: layouts, descriptors, and masks from bits.
 
-Every such kernel has three groups of warps: one warp that fetches tiles with the tensor memory accelerator into a ring
-of buffers in shared memory, and two groups of four warps that each multiply 64 rows. A buffer has two barriers: "full"
+Every such kernel has a warp, or several, that fetches tiles with the tensor memory accelerator into a ring of buffers
+in shared memory, and two groups of four warps that each multiply 64 rows. A buffer has two barriers: "full"
 (its bytes have come) and "empty" (both groups have read it). Round r of a ring waits for phase r % 2 of "full" and for
 the other phase of "empty", which a fresh barrier passes at once.
 
@@ -17,6 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from distattn.kernels.launching import Given, Part
 
 GROUP_ROWS = gl.constexpr(64)
 """Rows that a group of warps multiplies."""
@@ -165,19 +167,22 @@ def store_rows(at, stride, rows, values, DIM: gl.constexpr, GROUP: gl.constexpr,
     gl.store(there, values.to(at.dtype.element_ty), mask=exists)
 
 
-def rows_descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """For fetching ``rows`` rows of one head at a time from x [tokens, heads, dim]; see :func:`fetchable`.
+def rows_of(given: Given, b: int, rows: int, columns: int | None = None) -> Part:
+    """For fetching ``rows`` rows of one head at a time from sequence b of x [batch, tokens, heads, dim].
 
-    Rows beyond the last are zeros when read and nowhere when written. columns: of a row, if not all at a time.
+    See :func:`fetchable`. Rows beyond the last are zeros when read and nowhere when written. columns: of a row, if not
+    all at a time.
     """
-    tokens, heads, dim = x.shape
-    width = (heads - 1) * x.stride(1) + dim
-    return _descriptor(x, [tokens, width], [x.stride(0), 1], [rows, columns or dim])
+    _, tokens, heads, dim = given.shape
+    _, row, head, _ = given.strides
+    shape, block = [tokens, (heads - 1) * head + dim], [rows, columns or dim]
+    return given.at(b, lambda x: _descriptor(x, shape, [row, 1], block))
 
 
-def line_descriptor(x: Tensor, length: int) -> TensorDescriptor:
-    """For fetching ``length`` numbers at a time from x, which is contiguous."""
-    return _descriptor(x, [x.numel()], [1], [length])
+def lines_of(part: Part | Tensor, length: int) -> Part:
+    """For fetching ``length`` numbers at a time from a temporary tensor, which has some."""
+    assert isinstance(part, Part)
+    return part._replace(now=_descriptor(part.now, [part.now.numel()], [1], [length]))
 
 
 def _descriptor(x: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
@@ -194,9 +199,9 @@ def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedL
 def fetchable(x: Tensor) -> bool:
     """Whether one head of some rows of x [batch, tokens, heads, dim] can be fetched, or written, at a time, in place.
 
-    Heads lie beside each other in a token's row, and addresses are multiples of 16 bytes.
+    Heads lie beside each other in a token's row (or are all the same), and addresses are multiples of 16 bytes.
     """
     batch, row, head, one = x.stride()
     aligned = all(n * x.element_size() % 16 == 0 for n in (batch, row, head, x.data_ptr() // x.element_size()))
     heads, dim = x.shape[2:]
-    return one == 1 and aligned and (heads == 1 or dim <= head) and (heads - 1) * head + dim <= row
+    return one == 1 and aligned and (heads == 1 or head == 0 or dim <= head) and (heads - 1) * head + dim <= row

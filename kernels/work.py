@@ -196,12 +196,17 @@ def make_items(
     return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
 
 
-WAVES = 1
+_WAVES, _FEWEST = 8, 16
 
 
-def grid_size(numbers: int, programs: int) -> int:
-    """How many programs go through ``numbers`` items on a chip that runs ``programs`` at once."""
-    return min(numbers, programs * WAVES)
+def waves_of(numbers: int, programs: int) -> int:
+    """Programs that go through ``numbers`` items on a chip that runs ``programs`` at once, one wave after the other.
+
+    In one wave each program would have its share from the start, and wait with it where an exchange still has a
+    multiprocessor. Of several waves the others take more meanwhile. A program has _FEWEST items at least, for which
+    its start is little.
+    """
+    return min(numbers, programs * max(1, min(_WAVES, numbers // (programs * _FEWEST))))
 
 
 def longest_piece(even: float) -> int:

@@ -14,10 +14,11 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from distattn.conf import schema
 from distattn.conf.schema import Config, RayConfig
 from distattn.errors import ConfigError, ServiceDead
+from distattn.generate import Sampling
 from distattn.jobs import find_job
 from distattn.jobs.settings import check, check_ranks
 from distattn.launch.ray_cluster import connected, count_workers, joined
-from distattn.launch.service_front import Front, Reading, Refusal, ServiceStatus, error_class
+from distattn.launch.service_front import Front, Reading, Refusal, ServiceStatus, Writing, error_class
 
 _NAMESPACE = "distattn"
 _MORE_CALLS = 32  # that the front can hear at once beyond those that wait
@@ -135,6 +136,25 @@ class AttentionService:
         """
         answer = self._ask("prefill", timeout, as_text(tokens))
         assert isinstance(answer, Reading)
+        return answer
+
+    def generate(
+        self, prompts: bytes | Sequence[bytes], sampling: Sampling | None = None, timeout: float | None = None
+    ) -> Writing:
+        """Have the decoder go on with one prompt or several.
+
+        Args:
+            prompts: with their answers at most seq_len bytes each.
+            sampling: how bytes are chosen, and when a text ends; None: `Sampling()`.
+            timeout: seconds to wait for the answers; None waits as long as the service lives.
+
+        Raises:
+            ConfigError: (a ValueError) a prompt is empty or too long, or the attention is none that a cache can serve.
+            ServiceBusy, ServiceDead, PeerLost, TimeoutError, ...: as `prefill`.
+        """
+        asked = (prompts,) if isinstance(prompts, bytes) else tuple(prompts)
+        answer = self._ask("generate", timeout, asked, sampling or Sampling())
+        assert isinstance(answer, Writing)
         return answer
 
     def status(self) -> ServiceStatus:

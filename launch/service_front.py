@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from distattn import errors
 from distattn.conf.schema import Config, RayConfig
-from distattn.errors import DistattnError, PeerLost, ServiceDead
+from distattn.errors import ConfigError, DistattnError, PeerLost, ServiceDead
+from distattn.generate import Generated, Sampling, check_prompts
 from distattn.jobs.context import Context
-from distattn.jobs.serve import Answer, Request, serve
+from distattn.jobs.generate import check_attention
+from distattn.jobs.serve import Answer, Prompts, Request, Written, serve
 from distattn.launch.device import Device
 from distattn.launch.failures import Failure
 from distattn.launch.processes import Exit, Line, Message
@@ -40,6 +42,21 @@ class Reading:
     bits_per_byte: float
     loss: float
     tokens: int
+    seconds: float
+    waited: float
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the decoder wrote.
+
+    Attributes:
+        answers: of each prompt.
+        seconds: of the slowest rank.
+        waited: seconds before that, in the queue.
+    """
+
+    answers: tuple[Generated, ...]
     seconds: float
     waited: float
 
@@ -76,8 +93,8 @@ class Refusal(NamedTuple):
 class _Waiting(NamedTuple):
     """A request, and where its answer goes."""
 
-    tokens: NDArray[np.uint8]
-    reply: "Future[Reading | Refusal]"
+    asked: "NDArray[np.uint8] | tuple[tuple[bytes, ...], Sampling]"
+    reply: "Future[Reading | Writing | Refusal]"
     since: float
 
 
@@ -103,11 +120,22 @@ class Front:
         self._began.wait()
         return None if self._state == "ready" else self._refusal
 
-    def prefill(self, tokens: NDArray[np.uint8]) -> Reading | Refusal:
+    def prefill(self, tokens: NDArray[np.uint8]) -> Reading | Writing | Refusal:
         fewest = max(2, (self._world_size - 1) * self._config.layout.block_q + 1)
         if not fewest <= len(tokens) <= self._config.seq_len:
             expected = f"{fewest:,} to {self._config.seq_len:,} (seq_len) on {self._world_size} ranks"
             return Refusal("ValueError", f"there are {len(tokens):,} tokens; expected {expected}")
+        return self._wait_for(tokens)
+
+    def generate(self, prompts: tuple[bytes, ...], how: Sampling) -> Reading | Writing | Refusal:
+        try:
+            check_attention(self._config)
+            check_prompts(prompts, how, self._config.seq_len)
+        except ConfigError as error:
+            return Refusal("ConfigError", str(error))
+        return self._wait_for((prompts, how))
+
+    def _wait_for(self, asked: NDArray[np.uint8] | tuple[tuple[bytes, ...], Sampling]) -> Reading | Writing | Refusal:
         with self._lock:
             if self._state != "ready":
                 return Refusal("ServiceDead", self._refusal.text or f"the service is {self._state}")
@@ -115,7 +143,7 @@ class Front:
             if waiting >= self._max_queue:
                 return Refusal("ServiceBusy", f"{max(0, waiting)} requests wait already; expected a later request")
             self._unanswered += 1
-            request = _Waiting(tokens, Future(), time.monotonic())
+            request = _Waiting(asked, Future(), time.monotonic())
             self._queue.put(request)
         return request.reply.result()
 
@@ -179,21 +207,27 @@ class Front:
     def _answer(self, ranks: RayRanks, number: int, request: _Waiting) -> None:
         self._current = request
         began = time.monotonic()
+        asked = request.asked
+        message = Prompts(number, *asked) if isinstance(asked, tuple) else Request(number, asked)
         for rank in range(len(ranks)):
-            ranks.send(rank, Request(number, request.tokens))
+            ranks.send(rank, message)
         answers: dict[int, Any] = {}
         while len(answers) < len(ranks):
             self._hear(ranks, 0.5, answers)
             if self._ending.is_set():
                 raise ServiceDead("the service was shut down")
-        loss = answers[0].nats / (len(request.tokens) - 1)
-        seconds = max(answer.seconds for answer in answers.values())
-        reading = Reading(loss / math.log(2), loss, len(request.tokens), seconds, began - request.since)
+        seconds, waited = max(answer.seconds for answer in answers.values()), began - request.since
+        found: Reading | Writing
+        if isinstance(asked, tuple):
+            found = Writing(answers[0].answers, seconds, waited)
+        else:
+            loss = answers[0].nats / (len(asked) - 1)
+            found = Reading(loss / math.log(2), loss, len(asked), seconds, waited)
         with self._lock:
             self._current = None
             self._unanswered -= 1
             self._answered += 1
-        request.reply.set_result(reading)
+        request.reply.set_result(found)
 
     def _hear(self, ranks: RayRanks, timeout: float, said: dict[int, Any]) -> None:
         """Take what ranks tell: what they say for the launcher goes to `said` by rank; raises if one fails."""
@@ -201,7 +235,7 @@ class Front:
             match event:
                 case Line(text) | Message(Log(text)):
                     print(f"[rank {rank}] {text}", flush=True)  # into Ray's log of this actor
-                case Message(Started() | Answer() as value):
+                case Message(Started() | Answer() | Written() as value):
                     said[rank] = value
                 case Message(Failure() as failure):
                     raise error_class(failure.kind, PeerLost)(f"rank {rank} {failure.summary}")

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from measuring import add_output, here, positive, write_rows
+from measuring import add_output, here, positive, synchronize, write_rows
 from torch import Tensor
 
 import distattn.attend  # noqa: F401  (the module is looked up below: its name is that of its function)
@@ -64,11 +64,6 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - began
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 class Parts:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measuring import add_output, here, in_a_folder, positive, write_rows
+from measuring import add_output, here, in_a_folder, peak_since, positive, start_of_peak, write_rows
 from torch import Tensor
 
 from distattn import reference
@@ -236,18 +236,6 @@ def error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> 
     rows = torch.linspace(0, q.shape[1] - 1, SAMPLED).long()
     expected, _ = reference.attention_rows(q[:, rows.to(q.device)], rows, k, v, pattern)
     return reference.max_error(out[:, rows.to(q.device)], expected)
-
-
-def start_of_peak(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def peak_since(before: int, device: torch.device) -> float:
-    """MiB, 0 where nobody counts."""
-    return (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else 0.0
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from distattn.axis import Axis
-from distattn.kernels import attention, chunks_triton, rows_triton, summary_pages_triton
+from distattn.kernels import attention, chunks_triton, decode_triton, rows_triton, summary_pages_triton
 from distattn.kernels.attention import Biases, Choice, Pages
 from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
 from distattn.kernels.rows import Places
@@ -88,11 +88,14 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
             attention.attention_forward(q, own, nobody, some, grad.float(), lse, scale=0.1, resume=True, bias=bias)
         if engine == "triton":
             rows_triton.add_rows(own.k, Places(np.array([[1, 9], [20, 40]]), (1,)), own.k[:, :28, :1])
+            some = torch.tensor([0, 1])
+            rows_triton.add_chunks(own.k, some, some, rows_triton.take_chunks(own.k, some, some, 64))
             rows_triton.merge(q.float(), lse, q.float(), lse)
             means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))
             rows_triton.chunk_means_backward(means, counts, tokens, 64, None, dtype)
             rows_triton.gate_backward(grad, [grad, grad], lse[..., None].repeat(1, 1, 1, 2))
             record_choice(q)
+            record_decoding(q, own)
     finally:
         JITFunction.run, attention.choose = before
     return found
@@ -112,6 +115,17 @@ def record_choice(q: torch.Tensor) -> None:
     rungs = [Rung(64, 1024, 0, 4, 4, 16), Rung(1024, 64, 1024, 4, 0, 1)]
     exists = torch.zeros(34, 1, dtype=torch.int32)
     summary_pages_triton.summary_pages(chosen, own, exists, Ladder(rungs, True, 64, 32, 34, 20))
+
+
+def record_decoding(q: torch.Tensor, own: Pages) -> None:
+    """One query, over pages of a cache whose first one is PARTIAL."""
+    pages = own.k.shape[1] // 128
+    visits = visit(SlidingWindow(own.k.shape[1] - 2, 0), Axis(own.k.shape[1], 1, np.array([own.k.shape[1] - 1])),
+                   Axis.grid(own.k.shape[1], 128))  # fmt: skip
+    parts = [[(visits, Extents.of(np.arange(pages), 0))]]
+    table = assemble(parts, [0] * q.shape[2], 1, (1, 128), pages, 0)
+    out, lse = q[0, :1].float(), q[0, :1, :, 0].float()
+    decode_triton.decode(q[0, :1], own.k[0], own.v[0], None, table, out, lse, 0.1)
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

@@ -56,3 +56,30 @@ def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """What `write_rows` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns when the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def start_of_peak(device: torch.device) -> int:
+    """Bytes that are allocated now; from here on `peak_since` counts."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_since(before: int, device: torch.device) -> float:
+    """MiB, 0 where nobody counts."""
+    return (torch.cuda.max_memory_allocated() - before) / 2**20 if device.type == "cuda" else 0.0

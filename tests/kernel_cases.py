@@ -102,7 +102,8 @@ def run(
     d_own, d_guests = (Pages(*(torch.zeros(x.shape, device=DEVICE) for x in pages)) for pages in (own, guests))
     d_bias = Biases(*(torch.zeros(x.shape, device=DEVICE) for x in bias)) if bias else None
     # In two halves, as a rank does whose guests arrive later.
-    for part in (table.subset(table.visits_guests), table.subset(~table.visits_guests)):
+    far = table.visits_from(table.own_pages)
+    for part in (table.subset(far), table.subset(~far)):
         attention_backward(
             q, own, guests, part, grad, lse, delta, dq, d_own, d_guests, scale=case.scale, bias=bias, d_bias=d_bias
         )

@@ -119,7 +119,7 @@ def test_ranks_without_work_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nope", "'nope'; expected one of plan, prefill, train, verify, or module:function"),
+        ("nope", "'nope'; expected one of generate, plan, prefill, train, verify, or module:function"),
         ("no_such_module:run", "there is no module 'no_such_module'"),
         ("math:no_such_function", "math has no function 'no_such_function'"),
     ],

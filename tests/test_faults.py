@@ -247,7 +247,7 @@ def runs_on_a_gpu(context: Context, says: str | None, starting: bool) -> list[st
     began = time.monotonic()
     found = []
     if context.rank == 0:
-        stage = watch.enter("bring neighbours", on_gpu=True)
+        stage = watch.enter("bring keys", on_gpu=True)
         if not starting:
             stage.wait([Stuck()])  # type: ignore[list-item]
             assert time.monotonic() < began + 0.4 and not aborted
@@ -272,12 +272,12 @@ def runs_on_a_gpu(context: Context, says: str | None, starting: bool) -> list[st
 @pytest.mark.parametrize(
     "says, starting, expected",
     [
-        (None, False, "exchange 1: bring neighbours: did not end within 1 s; rank 1 has not come so far"),
-        (None, True, "exchange 1: bring neighbours: did not end within 1 s; "),
+        (None, False, "exchange 1: bring keys: did not end within 1 s; rank 1 has not come so far"),
+        (None, True, "exchange 1: bring keys: did not end within 1 s; "),
         (
             "NCCL says REMOTE_ERROR",
             False,
-            "exchange 1: bring neighbours: failed (NCCL says REMOTE_ERROR); all other ranks run",
+            "exchange 1: bring keys: failed (NCCL says REMOTE_ERROR); all other ranks run",
         ),
     ],
 )

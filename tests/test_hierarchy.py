@@ -416,8 +416,8 @@ def log_of(context: Context, spec: str) -> list[str]:
     assert plan.hierarchy is not None
     gather = plan.hierarchy.gather
 
-    def logged_bring(self: Exchange, transfer: Any, *arguments: Any) -> Pending:
-        pending = bring(self, transfer, *arguments)
+    def logged_bring(self: Exchange, what: str, transfer: Any, *arguments: Any) -> Pending:
+        pending = bring(self, what, transfer, *arguments)
         if transfer is not gather:
             return pending
         log.append("sent")

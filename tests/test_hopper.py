@@ -102,6 +102,11 @@ SELECTED = {
     "several items a program": selected_cases.Case(
         2560, 64, 64, 32, 8, tuple(n // 4 for n in range(32)), 16, True, one_row=True
     ),
+    "short whole pages, guests and a bias": selected_cases.Case(1024, 64, 32, 4, 2, (0, 0, 1, 1), 7, False, True),
+    "long pages with masks": selected_cases.Case(1000, 64, 128, 4, 2, (0, 0, 1, 1), 3, True, True, True),
+    "many visits, several items a program": selected_cases.Case(
+        2000, 64, 32, 16, 4, (0,) * 8 + (1,) * 8, 41, True, True, True
+    ),
 }
 
 
@@ -119,8 +124,8 @@ def test_what_is_selected_is_attended(name: str, dim: int, cut: bool, monkeypatc
     q, k, v, _, _, bias, own, guests, biases = selected_cases.inputs(case, table, dim, torch.bfloat16)
     out, lse = torch.zeros(q.shape, device=DEVICE), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
     assert choose(q, own, guests, table, out, 0.3, biases).kernel == "hopper"
-    for _ in range(2):
-        attention_forward(q, own, guests, table, out, lse, scale=0.3, resume=True, bias=biases)
+    for again in (False, True):
+        attention_forward(q, own, guests, table, out, lse, scale=0.3, resume=again, bias=biases)
     if cut:
         assert {key[0]: found.slots for key, found in table.cache.items()}["query"]  # type: ignore[index]
     expected, expected_lse = selected_cases.dense(*(x.double() for x in (q, k, v, bias)), allowed, 0.3)

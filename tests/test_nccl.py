@@ -159,14 +159,14 @@ NUMBERS = {
         ("causal, large tiles", AttentionSpec(Causal()), "zigzag", HOPPER),
         ("levels, large tiles", LEVELS, "contiguous", HOPPER),
     )
-    for schedule, dtype in (("direct", torch.float32), ("ring", torch.bfloat16), ("direct", torch.bfloat16))
+    for schedule, dtype in (("direct", torch.float32), ("ring", torch.bfloat16), ("slices", torch.bfloat16))
     if not (sizes is HOPPER and dtype == torch.float32)
 }
 
 
 def inputs_of(case: Numbers) -> list[torch.Tensor]:
     """q, k, v, and what out is multiplied by in the loss."""
-    shapes = ((HEADS, case.head_dim), (1, case.head_dim), (1, case.head_dim), (HEADS, case.head_dim))
+    shapes = [(heads, case.head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     return [random(case.length, *shape, seed=seed).to(case.dtype) for seed, shape in enumerate(shapes)]
 
 
@@ -184,7 +184,7 @@ def numbers(context: Context, cases: list[Numbers]) -> list[tuple[list[torch.Ten
             return choice
 
         plan = make_plan(
-            case.spec, case.length, heads=HEADS, kv_heads=1, head_dim=case.head_dim, mesh=context.mesh,
+            case.spec, case.length, heads=HEADS, kv_heads=KV_HEADS, head_dim=case.head_dim, mesh=context.mesh,
             layout=case.layout, schedule=case.schedule, block_q=case.block, block_k=case.block,
         )  # fmt: skip
         q, k, v, weight = (plan.shard(x).to(context.device) for x in inputs_of(case))
@@ -218,6 +218,34 @@ def check_numbers(alone: list[Any], together: list[Any]) -> None:
             assert reference.max_error(y, z) <= tolerance, f"{name}: {what} of two GPUs and of the oracle"
             assert reference.max_error(y, x.double()) <= tolerance, f"{name}: {what} of two GPUs and of one"
         assert "hopper" in kernels or not hopper or case.block != 128, f"{name}: computed by {kernels}"
+
+
+def replayed(context: Context, spec: AttentionSpec, schedule: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step on inputs that a CUDA graph got after it was captured with others, and the same step without a graph."""
+    plan = make_plan(spec, 1024, heads=4, kv_heads=2, head_dim=128, mesh=context.mesh, schedule=schedule)
+    inputs, others = (
+        [plan.shard(random(1024, heads, 128, seed=seed + n).to(torch.bfloat16)).to(context.device) for n, heads in
+         enumerate((4, 2, 2))]
+        for seed in (0, 10)
+    )  # fmt: skip
+    with torch.no_grad():
+        attend(*inputs, plan)  # what is made at the first call is made
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = attend(*inputs, plan)
+        expected = attend(*others, plan)
+        for x, y in zip(inputs, others, strict=True):
+            x.copy_(y)
+        graph.replay()
+    torch.cuda.synchronize()
+    return out.cpu(), expected.cpu()
+
+
+@pytest.mark.parametrize(("spec", "schedule"), [(WINDOW, "direct"), (AttentionSpec(Dense()), "slices")])
+def test_a_planned_step_can_be_captured_in_a_graph(gpus: RankPool, spec: AttentionSpec, schedule: str) -> None:
+    for out, expected in gpus(2, replayed, spec, schedule):
+        assert torch.equal(out, expected)
 
 
 HIERARCHIES = [

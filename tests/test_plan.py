@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distattn import presets
-from distattn.cost import Machine, Work, step_time
+from distattn.machine import Machine
 from distattn.patterns import Causal, Documents, GlobalTokens, SlidingWindow
 from distattn.plan import Plan, make_plan
 from distattn.spec import AttentionSpec
@@ -110,19 +110,12 @@ def test_a_thousand_ranks_and_a_hundred_million_tokens_are_explained() -> None:
 def test_explain_lists_ranks_and_stages() -> None:
     lines = (
         on_paper(presets.dense(), 4096, 4, rank=1, schedule="ring")
-        .explain(itemsize=4, machine=Machine.cpu())
+        .explain(itemsize=4, machine=Machine.load("cpu"))
         .splitlines()
     )
     assert sum(line.split()[:1] == [str(r)] for r in range(4) for line in lines) >= 4
     assert any("Stages of rank 1" in line for line in lines)
     assert any(line.startswith("Kernels on this machine for float32: ") and " since " in line for line in lines)
-
-
-def test_step_time_is_its_longest_part_and_the_latency() -> None:
-    machine = Machine("m", flops=10.0, bandwidth=2.0, latency=0.5)
-    time = step_time(machine, Work(tiles=1, pairs=1, flops=30, bytes_sent=2, bytes_received=8, guest_rows=1))
-    assert (time.compute, time.exchange, time.total, time.bound) == (3.0, 4.0, 4.5, "exchange")
-    assert step_time(machine, Work(1, 1, 30, 0, 0, 0)).total == 3.0
 
 
 def test_shards_hold_every_row_once() -> None:

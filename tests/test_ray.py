@@ -21,6 +21,7 @@ from commanding import PATIENCE, TESTS, command, config_of, environment, gone, j
 
 from distattn.conf.schema import RayConfig
 from distattn.errors import ConfigError, PeerLost, ServiceBusy, ServiceDead
+from distattn.generate import Sampling
 from distattn.jobs import find_job, prefill
 from distattn.jobs.context import Context
 from distattn.jobs.serve import labels_of
@@ -277,6 +278,11 @@ def test_a_service(embedded: None, tmp_path: Path) -> None:
         assert service.prefill(text).bits_per_byte == reading.bits_per_byte
         with pytest.raises(ValueError, match="there are 3,001 tokens; expected 129 to 3,000"):
             service.prefill(bytes(3001))
+        written = service.generate([b"some text", b"other text"], Sampling(20, 0.8, seed=1))
+        assert [(len(one.text), one.ended) for one in written.answers] == [(20, "length")] * 2
+        assert service.generate(b"some text", Sampling(20, 0.8, seed=1)).answers == written.answers[:1]
+        with pytest.raises(ConfigError, match="prompt 2 is empty"):
+            service.generate([b"some text", b""])
         with pytest.raises(ConfigError, match="name is 'trial', which a service has already"):
             AttentionService.start(overrides, name="trial")
         with pytest.raises(ConfigError, match="name is 'other', but the cluster has no service of that name"):
@@ -291,7 +297,7 @@ def test_a_service(embedded: None, tmp_path: Path) -> None:
             timeout=PATIENCE,
         )
         assert asked.returncode == 0, asked.stderr
-        assert asked.stdout.split() == [repr(service.prefill(letters.encode()).bits_per_byte), "3"]
+        assert asked.stdout.split() == [repr(service.prefill(letters.encode()).bits_per_byte), "5"]
 
         # One is answered and one waits: a third is refused at once, and both end with the rank.
         freeze(service, signal.SIGSTOP)

@@ -54,6 +54,59 @@ def test_rows_travel(name: str, kernels: types.ModuleType) -> None:
         assert torch.equal(target, expected)
 
 
+def test_rows_in_one_piece_are_a_view() -> None:
+    x = random(1, 50, 3, 20)
+
+    def view(*places: Places, of: torch.Tensor = x) -> torch.Tensor | None:
+        return in_torch.rows_in_place(of, places)
+
+    first, second = Places(np.array([[3, 9]]), (0, 1, 2)), Places(np.array([[9, 20], [20, 31]]), (0, 1, 2))
+    found = view(first, second)
+    assert found is not None and found.data_ptr() == x[0, 3].data_ptr()
+    assert torch.equal(found, torch.cat([in_torch.pack_rows([x], part) for part in (first, second)]))
+    assert view(second, first) is None and view(Places(np.array([[3, 9]]), (0, 1))) is None
+    assert view(first, of=random(2, 50, 3, 20)) is None and view(first, of=random(1, 3, 50, 20).transpose(1, 2)) is None
+    nothing = view(Places(np.zeros((0, 2), np.int64), (0, 1, 2)))
+    assert nothing is not None and nothing.numel() == 0
+
+
+@pytest.mark.parametrize(("rows", "chunk", "dim"), [(40, 8, 20), (45, 8, 16), (300, 128, 8)])
+def test_chunks_travel(rows: int, chunk: int, dim: int, kernels: types.ModuleType) -> None:
+    x = random(2, 3, rows, dim).transpose(1, 2)
+    last = (rows - 1) // chunk
+    page, head = (torch.tensor(numbers, device=DEVICE) for numbers in ([0, last, last, 1], [2, 0, 1, 2]))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunk))
+    wanted = torch.stack([padded[:, p * chunk : (p + 1) * chunk, h] for p, h in zip(page, head, strict=True)])
+    wanted[1:3, :, rows - last * chunk :] = 0
+    taken = kernels.take_chunks(x, page, head, chunk)
+    assert torch.equal(taken, wanted)
+    total = random(2, rows, 3, dim, seed=1)
+    expected = total.clone()
+    for p, h, values in zip(page, head, taken, strict=True):
+        there = expected[:, p * chunk : (p + 1) * chunk, h]
+        there += values[:, : there.shape[1]]
+    kernels.add_chunks(total, page, head, taken)
+    assert torch.equal(total, expected)
+    assert kernels.take_chunks(x, page[:0], head[:0], chunk).shape == (0, 2, chunk, dim)
+
+
+def test_joined_places_are_packed_one_after_the_other(kernels: types.ModuleType) -> None:
+    parts = [
+        Places(np.array(runs, np.int64).reshape(-1, 2), (2, 0)) for runs in ([[0, 2], [5, 6]], [], [[30, 50]], [[7, 8]])
+    ]
+    tensors = [random(2, 50, 3, 20), random(2, 3, 50, 12, seed=1).transpose(1, 2)]
+    joined = Places.joined(parts)
+    flat = kernels.pack_rows(tensors, joined)
+    assert torch.equal(flat, torch.cat([in_torch.pack_rows(tensors, part) for part in parts]))
+    targets = [torch.zeros_like(x) for x in tensors]
+    kernels.unpack_rows(targets, joined, flat)
+    for target, x in zip(targets, tensors, strict=True):
+        expected = torch.zeros_like(x)
+        where = slice(None), joined.index[:, None], [2, 0]
+        expected[where] = x[where]
+        assert torch.equal(target, expected)
+
+
 def test_partial_results_merge(kernels: types.ModuleType) -> None:
     scores, values = random(2, 9, 3, 30) * 20, random(2, 9, 3, 30, 12, seed=1)
     scores[0, 1] = -torch.inf

@@ -1,4 +1,4 @@
-"""Setting up: what happens before and after the installation itself. And that the measuring scripts load."""
+"""Setting up: what happens before and after the installation itself. And what the measuring scripts rest on."""
 
 import hashlib
 import os
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rank_pool import RankPool
+
+from distattn.jobs.context import Context
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +112,8 @@ def test_a_missing_python_is_named(checkout: Path) -> None:
     assert "found no Python 3.11, 3.12 or 3.13 with the venv module" in done.stderr
 
 
-SCRIPTS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if path.stem != "measuring"]  # which they share
+SHARED = ("measuring", "contending", "peers", "recorded", "sharded")  # what scripts share
+SCRIPTS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if path.stem not in SHARED]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -118,3 +122,94 @@ def test_measuring_scripts_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     if path.stem == "compile_kernels":
         pytest.importorskip("triton")
     assert callable(runpy.run_path(str(path))["main"])  # main is not called: the name is not "__main__"
+
+
+def peers_errors(context: Context) -> dict[str, float]:
+    """On a rank: the errors of peers that run on CPUs, against the oracle."""
+    import torch
+    from sharded import Data
+
+    from distattn import reference
+    from distattn.patterns import Causal, GlobalKeys, GlobalTokens, SlidingWindow
+
+    import peers  # isort: skip
+
+    assert context.mesh is not None
+    dense = peers.Problem(96, 4, 2, None, 0, 0, False, context.mesh, context.device)
+    window = dense._replace(before=9, globals_=3)
+    two_sided = window._replace(after=9, global_queries=True)
+    near = Causal() & (SlidingWindow(9, 0) | GlobalKeys(range(3)))
+    data = Data(96, 4, 2, 16, torch.float32, context.device)
+    q, k, v, grad = (data.rows(kind, ((0, 96),)).requires_grad_() for kind in Data.KINDS)
+    errors = {}
+    for make, problem, pattern in (
+        (peers.ulysses, dense, Causal()),
+        (peers.flex_after_gather, window, near),
+        (peers.flex_after_gather, two_sided, SlidingWindow(9, 9) | GlobalTokens(range(3))),
+    ):
+        contender = make(problem)
+        ((first, stop),) = contender.segments
+        mine = [data.rows(kind, contender.segments).requires_grad_() for kind in ("q", "k", "v")]
+        expected, _ = reference.attention(q, k, v, pattern)
+        if make is peers.ulysses:  # FlexAttention has no backward pass on CPUs
+            out = contender.attend(*mine)
+            found = torch.autograd.grad(out, mine, data.rows("grad", contender.segments))
+            wanted = torch.autograd.grad(expected, (q, k, v), grad.double())
+            for name, x, y in zip(("dq", "dk", "dv"), found, wanted, strict=True):
+                errors[f"{contender.name} {name}"] = reference.max_error(x, y[:, first:stop])
+        with torch.no_grad():
+            errors[f"{contender.name} {pattern}"] = reference.max_error(
+                contender.attend(*mine), expected[:, first:stop]
+            )
+    return errors
+
+
+def recorded_step(context: Context, schedule: str) -> tuple[bool, int, int]:
+    """On a rank: whether a step without journeys gives what one with them gives, and the bytes that each sent."""
+    import torch
+    from recorded import Recorded
+    from sharded import Data
+
+    import distattn
+    from distattn import presets
+    from distattn.operators import sent
+
+    same, sizes = True, [0, 0]
+    for spec in (presets.dense(), presets.hierarchical(32, (16, 64), (2,), 3, global_keys=(70,))):
+        plan = distattn.make_plan(
+            spec, 320, heads=4, kv_heads=2, head_dim=16, mesh=context.mesh, schedule=schedule, block_q=16, block_k=16
+        )
+        data = Data(320, 4, 2, 16, torch.float32, context.device)
+        q, k, v, grad = (data.rows(kind, plan.segments).requires_grad_() for kind in Data.KINDS)
+        recorded, results = Recorded(), []
+        for number, around in enumerate((recorded.recording, recorded.delivered)):
+            before = sent.total
+            with around():
+                out = distattn.attend(q, k, v, plan)
+                results.append([out, *torch.autograd.grad(out, (q, k, v), grad)])
+            sizes[number] += sent.total - before
+        same &= all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return same, sizes[0], sizes[1]
+
+
+def with_scripts(context: Context, name: str, *arguments: str) -> object:
+    """On a rank: a function of this module that imports what scripts share."""
+    sys.path.insert(0, str(ROOT / "scripts"))  # as Python does for a script
+    try:
+        return globals()[name](context, *arguments)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_peers_compute_what_ours_is_measured_at(ranks: RankPool) -> None:
+    for errors in ranks(2, with_scripts, "peers_errors"):
+        assert len(errors) == 6
+        assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("schedule", ("direct", "ring"))
+def test_a_step_without_journeys_is_the_same_but_for_them(ranks: RankPool, schedule: str) -> None:
+    for same, sent, sent_again in ranks(2, with_scripts, "recorded_step", schedule):
+        assert same
+        assert sent > 0
+        assert sent_again == 0

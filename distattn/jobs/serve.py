@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from distattn.conf.schema import Config
 from distattn.data import IGNORE
+from distattn.generate import Generated, Sampling, generate
 from distattn.jobs.context import Context
+from distattn.jobs.generate import make_cache
 from distattn.jobs.prefill import layer_plans
 from distattn.jobs.settings import model_config
 from distattn.model import Decoder
@@ -31,6 +33,14 @@ class Request(NamedTuple):
     tokens: NDArray[np.uint8]
 
 
+class Prompts(NamedTuple):
+    """Go on with these prompts, the same on every rank."""
+
+    number: int
+    prompts: tuple[bytes, ...]
+    how: Sampling
+
+
 class Answer(NamedTuple):
     """What came of a request: the sum of the losses of all ranks in nats, and this rank's seconds."""
 
@@ -39,14 +49,22 @@ class Answer(NamedTuple):
     seconds: float
 
 
+class Written(NamedTuple):
+    """What came of prompts, and this rank's seconds."""
+
+    number: int
+    answers: tuple[Generated, ...]
+    seconds: float
+
+
 def serve(
-    config: Config, context: Context, receive: Callable[[], Request | None], send: Callable[[object], None]
+    config: Config, context: Context, receive: Callable[[], Request | Prompts | None], send: Callable[[object], None]
 ) -> None:
     """Answer requests until None is received.
 
     Args:
         receive: waits for the next request, which must be the same on every rank.
-        send: takes each `Answer`.
+        send: takes each `Answer` or `Written`.
     """
     model = Decoder(model_config(config), config.seed).to(context.device)
 
@@ -56,8 +74,12 @@ def serve(
 
     while (request := receive()) is not None:
         start = time.perf_counter()
-        nats = _read(model, plans(len(request.tokens)), request.tokens, context)
-        send(Answer(request.number, nats, time.perf_counter() - start))
+        if isinstance(request, Prompts):
+            answers = tuple(_write(model, config, request, context))
+            send(Written(request.number, answers, time.perf_counter() - start))
+        else:
+            nats = _read(model, plans(len(request.tokens)), request.tokens, context)
+            send(Answer(request.number, nats, time.perf_counter() - start))
 
 
 def labels_of(tokens: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -65,6 +87,12 @@ def labels_of(tokens: NDArray[np.uint8]) -> NDArray[np.int64]:
     labels = np.full(len(tokens), IGNORE, dtype=np.int64)
     labels[:-1] = tokens[1:]
     return labels
+
+
+def _write(model: Decoder, config: Config, request: Prompts, context: Context) -> list[Generated]:
+    longest = max(map(len, request.prompts)) + request.how.new_tokens
+    cache = make_cache(config, context, longest, len(request.prompts))
+    return generate(model, cache, request.prompts, request.how)
 
 
 @torch.no_grad()

@@ -1,0 +1,356 @@
+"""Chunk summaries of the sequences of a cache, and chunks that their new queries choose.
+
+Every rank has all summaries, as in a pass over a whole sequence, and makes them of all new tokens, alike. What is still
+to be pooled lies in rings: of each level as many of the latest members as a summary has. A sequence's summaries lie in
+one buffer, level by level, of which rank r attends to the pages p with p % ranks == r.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from distattn.axis import Axis
+from distattn.errors import ConfigError
+from distattn.extras import AttentionExtras
+from distattn.hierarchy import Hierarchy
+from distattn.kernels.attention import accumulator_dtype
+from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
+from distattn.kernels.rows import chunk_means
+from distattn.kernels.selected import SelectedTable
+from distattn.layout import make_layout
+from distattn.levels import Level, OnDevices
+from distattn.paged import Placed, Tiles, joined, place
+from distattn.spans import Bools, Ints
+from distattn.spec import AttentionSpec
+from distattn.summaries import pool_members
+from distattn.tiles import visit
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a cache: heads and dimensions, how long a sequence may be, how many there may be at a time."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    max_len: int
+    sequences: int
+    block_k: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Asking(OnDevices):
+    """The tiles of one sequence that choose, see :class:`Choosers`.
+
+    query: int64 [tiles], which of the mean queries from the chunk before that of ``start`` on is each one's.
+    """
+
+    start: int
+    number: Ints
+    query: Ints
+    own: NDArray[np.int32]
+    until: NDArray[np.int32]
+
+
+class LevelPlan:
+    """What layers of one spec share: its levels, for sequences of up to ``max_len`` tokens.
+
+    Raises:
+        ConfigError: it is not causal, or looks ahead: what is cached cannot depend on what comes.
+    """
+
+    def __init__(self, spec: AttentionSpec, sizes: Sizes) -> None:
+        if not spec.causal:
+            raise ConfigError(f"spec is {spec!r}; expected a causal one in a cache")
+        if spec.select is not None and spec.select.lookahead:
+            raise ConfigError("select.lookahead is True; expected False in a cache, whose rows do not see what follows")
+        self.spec, self.sizes = spec, sizes
+        step = spec.summaries[0].step if spec.summaries else 1
+        chunk = spec.select.chunk if spec.select else 1
+        layout = make_layout("contiguous", sizes.max_len, 1, math.lcm(step, chunk))
+        blocks = sizes.block_k, sizes.block_k
+        try:
+            self.hierarchy = Hierarchy(spec, layout, sizes.heads, sizes.kv_heads, blocks, 0)
+        except ValueError as error:
+            raise ConfigError(f"max_len is {sizes.max_len}: {error}") from error
+
+    @property
+    def rows(self) -> int:
+        """Of a sequence's buffer."""
+        return self.hierarchy.rows if self.hierarchy.levels else 0
+
+    @cached_property
+    def pools(self) -> tuple[Level, ...]:
+        """The levels, and last the chunks to choose from where no level has their mean keys."""
+        levels, hierarchy = self.hierarchy.levels, self.hierarchy
+        select = self.spec.select
+        if select is None or select.score == "mass" or hierarchy.level_is_chunks:
+            return levels
+        start = np.arange(hierarchy.chunks) * select.chunk
+        stop = np.minimum(start + select.chunk, hierarchy.length)
+        return *levels, Level(select.chunk, select.chunk, select.chunk, start, stop, hierarchy.chunk_size, 0)
+
+    @property
+    def chooses_apart(self) -> bool:
+        """Whether the last of ``pools`` is no level of summaries."""
+        return len(self.pools) > len(self.hierarchy.levels)
+
+    @cached_property
+    def sub_page(self) -> int:
+        """Rows of the pages as which chosen chunks are visited."""
+        return math.gcd(self.hierarchy.chunk, self.sizes.block_k)
+
+    def tile(self, few: bool, block: int) -> tuple[int, int]:
+        """(rows of a query tile, what its first position is a multiple of)."""
+        if self.spec.select is None:
+            return (1 if few else block), 1
+        chunk = self.hierarchy.chunk
+        if few or self.hierarchy.tile == 1:
+            return 1, 1
+        return (chunk if block % chunk else block), chunk
+
+    def choice_tiles(self, tiles: Tiles, stop: Ints) -> Tiles:
+        """The tiles that choose, of the same rows. stop: int64 [sequences], where the new positions of each end."""
+        chunk = self.hierarchy.chunk
+        return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
+
+    def visited(self, tiles: Tiles, slot: Ints, world_size: int) -> Placed:
+        """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
+
+        slot: int64 [sequences], whose buffer each has.
+        """
+        hierarchy, pages = self.hierarchy, self.rows // self.sizes.block_k
+        queries = Axis(self.sizes.max_len, tiles.block, first=tiles.first)
+        parts = []
+        for number, level in enumerate(hierarchy.levels):
+            places = level.stop - 1 if self.spec.merge == "gate" else level.start
+            keys = Axis(self.sizes.max_len, self.sizes.block_k, gathered=places, skip=places[level.size == 0])
+            first = level.first_row // self.sizes.block_k
+
+            def where(tile: Ints, page: Ints, first: int = first) -> tuple[Ints, Ints]:
+                return (first + page) % world_size, slot[tiles.sequence[tile]] * pages + first + page
+
+            parts.append(place(visit(hierarchy.visible(number), queries, keys), where))
+        return joined(parts)
+
+    def asking(self, start: int, first: Ints) -> Asking:
+        """What a sequence's tiles choose by. start: its first new position. first: int64 [tiles], of the tiles."""
+        hierarchy, by = self.hierarchy, self.hierarchy.choosing
+        chunk, position, number = hierarchy.chunk, first, first
+        if hierarchy.chooses_by_tile_before:
+            number = first // chunk
+            position = number * chunk
+        if by.mass:
+            until = np.searchsorted(hierarchy.levels[0].stop, position + (hierarchy.tile == 1), side="right")
+        else:
+            until = np.clip(position // chunk - hierarchy.window[1] + 1, 0, hierarchy.chunks)
+        own, ends = (x.astype(np.int32) for x in (position // chunk, until))
+        return Asking(start, number, number - start // chunk, own, ends)
+
+    def blind(self, tiles: Tiles) -> Bools:
+        """bool [tiles * block]: rows of global tokens, which attend to tokens alone."""
+        window = self.spec.window if self.spec.merge == "softmax" else None
+        at = (tiles.first[:, None] + np.arange(tiles.block)).ravel()
+        return np.isin(at, window.global_tokens if window else ())
+
+    def chosen_table(
+        self, chosen: Tensor, tiles: Tiles, sub_pages: Tensor, first: Tensor, own_pages: int
+    ) -> SelectedTable:
+        """What tiles visit of tokens by their choice.
+
+        Args:
+            chosen: int32 [tables, tiles, n].
+            sub_pages: int64, where pages of ``sub_page`` rows of all sequences are on this rank, or -1.
+            first: int64 [sequences + 1]: those of each sequence among them. own_pages: of the rank.
+        """
+        hierarchy, rows, device = self.hierarchy, self.sub_page, chosen.device
+        sequence = tiles.on(device, "sequence")
+        pieces = hierarchy.chunk // rows
+        piece = chosen.clamp_min(0).long()[..., None] * pieces + torch.arange(pieces, device=device)
+        at = first[sequence][:, None, None] + piece
+        there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
+        pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
+        position = piece[..., None] * rows + torch.arange(rows, device=device)
+        last = tiles.on(device, "first")[:, None, None, None]
+        allowed = position <= last
+        if len(hierarchy.left_out):
+            allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
+        return SelectedTable(
+            tiles.block,
+            rows,
+            len(tiles),
+            own_pages,
+            0,
+            hierarchy.head_table,
+            pages.flatten(2).int().contiguous(),
+            _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous(),
+        )
+
+    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Tensor, rank: int, world_size: int) -> SelectedTable:
+        """What tiles visit of the buffers beside chosen chunks, so that every token counts once.
+
+        slot: int64 [sequences], whose buffer each has.
+        """
+        hierarchy, device = self.hierarchy, chosen.device
+        position, ladder = tiles.on(device, "positions"), hierarchy.ladder
+        pages, masks = summary_pages(chosen.unsqueeze(0), position, hierarchy.on(device, "row_bits"), ladder)
+        of = slot[tiles.on(device, "sequence")][:, None] * ladder.pages
+        mine = (pages[0] >= 0) & (pages[0] % world_size == rank)
+        selected = torch.where(mine, pages[0] + of, -1).int()
+        every = self.sizes.sequences * ladder.pages
+        return SelectedTable(
+            tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, selected, masks[0].contiguous()
+        )
+
+
+class CachedLevels:
+    """One layer's summaries.
+
+    Attributes:
+        k, v: [sequences * rows, kv_heads, dim], the buffers; bias: [sequences * rows, kv_heads].
+    """
+
+    def __init__(self, plan: LevelPlan) -> None:
+        self.plan = plan
+        sizes, wide = plan.sizes, accumulator_dtype(plan.sizes.dtype)
+
+        def zeros(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=sizes.device)
+
+        slots, heads = sizes.sequences, sizes.kv_heads
+        self.k = zeros(slots * plan.rows, heads, sizes.head_dim)
+        self.v = zeros(slots * plan.rows, heads, sizes.value_dim)
+        self.bias = zeros(slots * plan.rows, heads, dtype=wide)
+        self._rings = [
+            tuple(
+                zeros(slots, level.members, heads, dim, dtype=sizes.dtype if level.members == level.chunk else wide)
+                for dim in (sizes.head_dim, sizes.value_dim)
+            )
+            for level in plan.pools
+        ]
+        count = plan.pools[-1].count if plan.chooses_apart else 0
+        self._means = zeros(slots, count, heads, sizes.head_dim, dtype=wide)
+        tile = plan.hierarchy.tile if plan.hierarchy.chooses_by_tile_before else 0
+        self._queries = zeros(slots, tile, sizes.heads, sizes.head_dim)
+        self._before = zeros(slots, sizes.heads, sizes.head_dim, dtype=wide)
+
+    def clear(self, slot: int) -> None:
+        """Before a new sequence gets the slot."""
+        self.v.unflatten(0, (-1, max(self.plan.rows, 1)))[slot : slot + 1] = 0.0
+
+    def copy(self, old: int, new: int) -> None:
+        """What one slot holds, for a fork."""
+        rows = max(self.plan.rows, 1)
+        by_slot = [x.unflatten(0, (-1, rows)) for x in (self.k, self.v, self.bias) if self.plan.rows]
+        for x in (*by_slot, self._means, self._queries, self._before, *(x for ring in self._rings for x in ring)):
+            x[new] = x[old]
+
+    def pool(self, slot: int, start: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
+        """New tokens of a sequence. k: [n, kv_heads, head_dim], as they are pooled; v: [n, kv_heads, value_dim]."""
+        if self.plan.hierarchy.levels:
+            self._feed(0, slot, start, k, v, extras)
+        if self.plan.chooses_apart:
+            self._feed(len(self.plan.pools) - 1, slot, start, k, v, extras)
+
+    def choose(self, slot: int, asking: Asking, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
+        """int32 [tables, tiles, n]: the chunks of each of a sequence's tiles, ascending, then -1.
+
+        q: [n, heads, head_dim], all new queries of the sequence.
+        """
+        hierarchy, by, spec = self.plan.hierarchy, self.plan.hierarchy.choosing, self.plan.spec
+        assert spec.select is not None
+        rows = q
+        if hierarchy.chooses_by_tile_before:
+            rows = self._tile_queries(slot, asking.start, q)[asking.on(q.device, "query")]
+        share = self.plan.sizes.heads // hierarchy.kv_heads
+        if not by.mass and spec.select.heads == "kv" and share > 1:
+            rows = rows.unflatten(1, (hierarchy.kv_heads, share)).sum(2, dtype=accumulator_dtype(q.dtype))
+        count = hierarchy.levels[0].count if hierarchy.levels else 0
+        at = slice(slot * self.plan.rows, slot * self.plan.rows + count)
+        bias = None
+        if by.mass:
+            exists = self.bias.new_zeros(1).where(hierarchy.levels[0].on(q.device, "exists"), -torch.inf)
+            bias = self.bias[at] + exists[:, None]
+        keys = self._means[slot] if self.plan.chooses_apart else self.k[at]
+        if self.plan.chooses_apart and extras.rotate is not None:
+            centre = self.plan.pools[-1].on(q.device, "centre")
+            keys = extras.rotate(keys.unsqueeze(0), centre)[0]
+        choosers = Choosers(rows.unsqueeze(0), asking.number, *(asking.on(q.device, x) for x in ("own", "until")))
+        return choose_chunks(
+            by, choosers, keys.unsqueeze(0).to(rows.dtype), bias, hierarchy.on(q.device, "selectable"), scale
+        )[0]
+
+    def _feed(self, number: int, slot: int, first: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
+        """Members of a level that follow ``first`` others; whole summaries go on to the next level."""
+        plan, level, rings = self.plan, self.plan.pools[number], self._rings[number]
+        apart = plan.chooses_apart and number == len(plan.pools) - 1
+        tokens = number == 0 or apart
+        size, step = level.members, level.stride if tokens else level.members
+        begin, stop = (max((n - size) // step + 1, 0) for n in (first, first + len(k)))
+        if stop > begin:
+            kept = torch.arange(min(begin * step, first), first, device=k.device)
+            rows = [torch.cat((ring[slot, kept % size], x)) for ring, x in zip(rings, (k, v), strict=True)]
+            which = torch.arange(begin * step - first + len(kept), stop * step - first + len(kept), step)[:, None]
+            which = (which + torch.arange(size)).to(k.device)
+            dtype = accumulator_dtype(k.dtype)
+            members = np.arange(begin, stop)[:, None] * step + np.arange(size)
+            counts = (~plan.hierarchy.left_out_rows if tokens else plan.pools[number - 1].size)[members]
+            sizes = torch.from_numpy(counts).to(k.device, dtype).unsqueeze(0)
+            pool = extras.pool[number] if number < len(extras.pool) and not apart else None
+            parts = [(x[which].to(dtype) * (sizes > 0)[0, ..., None, None]).unsqueeze(0) for x in rows]
+            pooled = pool_members(parts[0], parts[1], sizes, pool)
+            if apart:
+                self._means[slot, begin:stop] = pooled[0][0]
+            else:
+                self._write(number, slot, begin, stop, *pooled, extras)
+                if number + 1 < len(plan.hierarchy.levels):
+                    self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
+        latest = torch.arange(max(len(k) - size, 0), len(k), device=k.device)
+        for ring, x in zip(rings, (k, v), strict=True):
+            ring[slot, (first + latest) % size] = x[latest].to(ring.dtype)
+
+    def _write(
+        self, number: int, slot: int, begin: int, stop: int, keys: Tensor, values: Tensor, extras: AttentionExtras
+    ) -> None:
+        """Summaries ``begin`` .. ``stop - 1`` of a level into a sequence's buffer. keys: [1, n, kv_heads, dim]."""
+        level = self.plan.pools[number]
+        if extras.rotate is not None:
+            keys = extras.rotate(keys, level.on(keys.device, "centre")[begin:stop])
+        row = slot * self.plan.rows + level.first_row
+        at = slice(row + begin, row + stop)
+        self.k[at], self.v[at] = keys[0].to(self.k.dtype), values[0].to(self.v.dtype)
+        kind = self.plan.spec.summaries[number].bias
+        if kind == "learned":
+            assert extras.key_bias is not None
+            self.bias[at] = extras.key_bias[number].to(self.bias.dtype)
+        elif kind == "count":
+            self.bias[at] = level.on(keys.device, "log_size")[begin:stop, None].to(self.bias.dtype)
+
+    def _tile_queries(self, slot: int, start: int, q: Tensor) -> Tensor:
+        """[n, heads, head_dim]: the mean queries of the chunk before that of ``start``, and of those from there on."""
+        chunk = self.plan.hierarchy.chunk
+        kept = start % chunk
+        rows = torch.cat((self._queries[slot, :kept], q))
+        means, _ = chunk_means(rows.unsqueeze(0), chunk)
+        found = torch.cat((self._before[slot].unsqueeze(0), means[0]))
+        whole = len(rows) // chunk
+        self._before[slot] = found[whole]
+        self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
+        return found
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """bool [..., n] as int32 [..., words], bit i % 32 of word i // 32."""
+    bits = F.pad(bits, (0, -bits.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    return (bits.long() << torch.arange(32, device=bits.device)).sum(-1).to(torch.int32)

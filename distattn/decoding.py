@@ -1,0 +1,371 @@
+"""One step of a cache: sequences get new tokens, whose queries visit pages wherever these lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn import operators
+from distattn.algebra import Pattern
+from distattn.axis import Axis
+from distattn.cached_levels import Asking, CachedLevels, LevelPlan
+from distattn.errors import ConfigError
+from distattn.exchange import Exchange, gather_rows
+from distattn.extras import AttentionExtras, AttentionPool, MlpPool
+from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
+from distattn.kernels.decode import decode_attention
+from distattn.kernels.rows import gate, merge
+from distattn.kernels.selected import AnyTable
+from distattn.kernels.table import TileTable
+from distattn.paged import Tiles, place, table_of, wanted
+from distattn.patterns import Causal
+from distattn.policies import HeaviestPages, page_logs
+from distattn.presets import dense
+from distattn.routes import Part, Routes
+from distattn.spans import Ints
+from distattn.spec import AttentionSpec
+from distattn.tiles import visit
+
+if TYPE_CHECKING:
+    from distattn.cache import Cache
+
+FEW = 16
+"""Up to so many new tokens of each sequence are attended one by one; more are tiles."""
+_BLOCK_Q = 128
+RETRIEVED = dense()
+"""Layers of this spec may retrieve pages."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """What layers of one spec share in a step.
+
+    plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
+    sequence.
+    table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
+    query tiles that attend to tokens alone; None if there is none.
+    """
+
+    plan: LevelPlan | None
+    tiles: Tiles
+    routes: Routes
+    table: TileTable
+    choosing: Tiles | None = None
+    asking: tuple[Asking, ...] = ()
+    summaries: TileTable | None = None
+    blind: Tensor | None = None
+
+
+class Step:
+    """New tokens of some sequences, one after the other: made by ``Cache.begin``.
+
+    Attributes:
+        counts: how many new tokens, by sequence, in the order of the rows.
+        rows: of all ranks.
+        mine: (first, stop), those that this rank computes.
+        positions: int64 tensor, of these.
+    """
+
+    def __init__(self, cache: Cache, counts: Mapping[int, int], start: Ints, stay: tuple[Ints, Ints]) -> None:
+        self.cache, self.counts, self.start = cache, dict(counts), start
+        self.count = np.fromiter(counts.values(), np.int64)
+        self.rows = int(self.count.sum())
+        self._stay = stay
+        self._home = np.arange(self.rows) * cache.world_size // self.rows
+        first, stop = np.searchsorted(self._home, [cache.rank, cache.rank + 1])
+        self.mine = int(first), int(stop)
+        at = np.repeat(start - (self.count.cumsum() - self.count), self.count) + np.arange(self.rows)
+        self.positions = torch.from_numpy(at[first:stop])
+        said = repr((list(counts.items()), start.tolist())).encode()
+        name = hashlib.blake2b(said, digest_size=4).hexdigest()
+        self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
+        self._groups: dict[AttentionSpec, _Group] = {}
+        self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
+        self._choices: dict[int, Tensor] = {}
+        self._small: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def home(self, row: int) -> int:
+        """The rank that computes a row."""
+        return int(self._home[row])
+
+    def last_rows(self) -> dict[int, int]:
+        """By sequence, its last new row."""
+        return dict(zip(self.counts, (self.count.cumsum() - 1).tolist(), strict=True))
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        extras: AttentionExtras | None = None,
+        choice_of: int | None = None,
+    ) -> Tensor:
+        """Attention of this rank's new rows to the cache and to each other; their keys and values are kept.
+
+        All ranks call it, once for each layer.
+
+        Args:
+            q: [1, rows, heads, head_dim] of this rank's rows, in the cache's dtype. k, v: [1, rows, kv_heads, dim].
+            scale: factor of the scores; default ``head_dim ** -0.5``.
+            extras: what the spec needs beside these, as in :func:`attend`.
+            choice_of: an earlier layer, of the same spec, whose chosen chunks this one takes over; None: its own.
+
+        Returns:
+            out [1, rows of this rank, heads, value_dim], in the dtype of q.
+
+        Raises:
+            ConfigError: a shape or a dtype is not what the cache has, or the extras are not those that the spec needs.
+            PeerLost, StepTimeout, PlanMismatch: as every exchange.
+        """
+        cache = self.cache
+        scale = cache.head_dim**-0.5 if scale is None else scale
+        spec, extras = cache.specs[layer], extras or AttentionExtras()
+        self._check(q, k, v, spec, extras)
+        if spec not in self._groups:
+            self._groups[spec] = self._group(spec)
+        group = self._groups[spec]
+        plain = k if extras.pool_keys is None else extras.pool_keys
+        asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
+        pool_k, pool_v = cache.k[layer], cache.v[layer]
+        pool_k[slots], pool_v[slots] = kept_k, kept_v
+        parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
+        if isinstance(cache.keep, HeaviestPages):
+            self._observe(layer, group, asks, cache.keep.observed, scale)
+        if everyone is not None:
+            parts += self._beside_tokens(layer, group, asks, everyone, extras, scale, choice_of)
+        gated = spec.merge == "gate"
+        if not gated:
+            parts = [reduce(lambda a, b: merge(*a, *b), parts)]
+        merged = group.routes.come_back(parts, q.shape[1])
+        if not gated:
+            return merged[0][0].to(q.dtype).unsqueeze(0)
+        assert extras.gates is not None  # it was checked
+        return gate([out.to(q.dtype).unsqueeze(0) for out, _ in merged], extras.gates)
+
+    def _beside_tokens(
+        self,
+        layer: int,
+        group: _Group,
+        q: Tensor,
+        everyone: tuple[Tensor, ...],
+        extras: AttentionExtras,
+        scale: float,
+        choice_of: int | None,
+    ) -> list[Part]:
+        """What this rank's pages of summaries, and its pages of chosen chunks, add.
+
+        everyone: queries, and what is pooled, of all new rows.
+        """
+        cache, plan, levels = self.cache, group.plan, self.cache.levels[layer]
+        assert levels is not None
+        chosen: list[Tensor] = []
+        for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
+            slot, start = int(self._slots[number]), int(self.start[number])
+            levels.pool(slot, start, rows[1], rows[2], extras)
+            if group.asking and choice_of is None:
+                chosen.append(levels.choose(slot, group.asking[number], rows[0], extras, scale))
+        parts: list[Part] = []
+        choice = self._choices.get(choice_of) if choice_of is not None else None
+        if chosen:
+            choice = self._choices[layer] = torch.cat(chosen, dim=1)
+        if plan is not None and plan.spec.summaries:
+            assert isinstance(levels, CachedLevels)
+            table: AnyTable | None = group.summaries
+            if table is None:
+                assert choice is not None and group.choosing is not None
+                table = plan.summary_table(choice, group.choosing, self._slots_there, cache.rank, cache.world_size)
+            parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
+        if plan is not None and choice is not None:
+            assert group.choosing is not None
+            sub_pages, first_of = self._sub_pages(plan.sub_page)
+            own = cache.k[layer].shape[0] // plan.sub_page
+            table = plan.chosen_table(choice, group.choosing, sub_pages, first_of, own)
+            parts.append(attend_tiles(q, cache.k[layer], cache.v[layer], table, scale))
+        if group.blind is not None:
+            for out, lse in parts:
+                out[group.blind], lse[group.blind] = 0.0, -torch.inf
+        return parts
+
+    def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
+        """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
+        cache, (first, owner, block) = self.cache, self._pages
+        patterns = [causal(pattern) for pattern in cache.specs[layer].tokens.by_head(cache.heads)]
+        for number, stop in enumerate(self.count.cumsum().tolist()):
+            rows = np.arange(stop - min(int(self.count[number]), observed), stop)
+            mine = np.flatnonzero(owner[first[number] : first[number + 1]] == cache.rank)
+            asked = group.routes.asked[rows, cache.rank]
+            logs = q.new_full((len(rows), cache.heads, len(mine)), -torch.inf, dtype=accumulator_dtype(q.dtype))
+            at = self.start[number] + self.count[number] - stop + rows[asked]
+            place = torch.from_numpy(group.routes.place[rows[asked]]).to(q.device)
+            blocks = block[first[number] : first[number + 1]][mine]
+            there = page_logs(q[place], at, cache.k[layer], mine, blocks, cache.block_k, patterns, scale)
+            logs[torch.from_numpy(asked).to(q.device)] = there
+            self._observed.setdefault(number, (mine, []))[1].append(logs)
+
+    def _weigh(self) -> None:
+        """Adds the attention that was paid to pages to their masses: in two exchanges, whatever was observed."""
+        cache = self.cache
+        logs = {number: torch.stack(layers) for number, (_, layers) in self._observed.items()}
+        totals = torch.cat([x.logsumexp(-1).flatten() for x in logs.values()])
+        if cache.group_name is not None:
+            counts = [len(totals)] * cache.world_size
+            totals = torch.stack(gather_rows(totals, counts, cache.group_name)).logsumexp(0)
+        at, weights = 0, []
+        for number, x in logs.items():
+            base = totals[at : (at := at + x[..., 0].numel())].view(x.shape[:-1])
+            base = base.masked_fill(base == -torch.inf, 0.0)  # a query that attends to nothing
+            found = x.new_zeros(-(-(int(self.start[number] + self.count[number])) // cache.block_k))
+            found[torch.from_numpy(self._observed[number][0]).to(x.device)] = (x - base[..., None]).exp().sum((0, 1, 2))
+            weights.append(found)
+        every = torch.cat(weights)
+        if cache.group_name is not None:  # each page is one rank's, so that no order of summing matters
+            every = torch.stack(gather_rows(every, [len(every)] * cache.world_size, cache.group_name)).sum(0)
+        for sequence, mass in zip(self.counts, every.double().cpu().split([len(x) for x in weights]), strict=True):
+            before = cache.mass.get(sequence, np.zeros(0))
+            cache.mass[sequence] = mass.numpy() + np.pad(before, (0, len(mass) - len(before)))
+
+    def end(self) -> None:
+        """After the last layer: lets go what no later query visits."""
+        if self._observed:
+            self._weigh()
+        for sequence, start, count in zip(self.counts, self.start.tolist(), self.count.tolist(), strict=True):
+            if (start + count) // self.cache.block_k > start // self.cache.block_k:
+                self.cache.release(sequence)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: AttentionExtras) -> None:
+        cache, rows = self.cache, self.mine[1] - self.mine[0]
+        keys = 1, rows, cache.kv_heads, cache.head_dim
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+            "q": (q, (1, rows, cache.heads, cache.head_dim)),
+            "k": (k, keys),
+            "v": (v, (1, rows, cache.kv_heads, cache.value_dim)),
+        }
+        sources = 1 + bool(spec.summaries) + (spec.select is not None)
+        gates = (1, rows, cache.heads, sources) if spec.merge == "gate" else None
+        learned = any(level.bias == "learned" for level in spec.summaries)
+        wanted["extras.gates"] = extras.gates, gates
+        wanted["extras.key_bias"] = extras.key_bias, (len(spec.summaries), cache.kv_heads) if learned else None
+        if extras.pool_keys is not None:
+            wanted["extras.pool_keys"] = extras.pool_keys, keys
+        why = None
+        for name, (x, shape) in wanted.items():
+            found = None if x is None else tuple(x.shape)
+            if found != shape or (x is not None and name in "qkv" and x.dtype != cache.dtype):
+                dtype = None if x is None else x.dtype
+                why = why or f"{name} is {dtype} {found}; expected {cache.dtype} {shape} on rank {cache.rank}"
+        kinds = {"mean": type(None), "attention": AttentionPool, "mlp": MlpPool}
+        for number, level in enumerate(spec.summaries):
+            pool = extras.pool[number] if number < len(extras.pool) else None
+            if not isinstance(pool, kinds[level.pool]):
+                kind = kinds[level.pool].__name__
+                why = (
+                    why or f"extras.pool[{number}] is {type(pool).__name__}; expected {kind}, as pool is {level.pool!r}"
+                )
+        if why is not None:
+            if cache.group_name is not None:
+                operators.refuse_in(cache.group_name, why)
+            raise ConfigError(why)
+
+    @cached_property
+    def _pages(self) -> tuple[Ints, Ints, Ints]:
+        """(first int64 [sequences + 1], owner, block) of the pages of all sequences, one after the other."""
+        found = [self.cache.tables.pages(sequence) for sequence in self.counts]
+        first = np.cumsum([0, *(len(owner) for owner, _ in found)])
+        owner, block = (np.concatenate(x).astype(np.int64) for x in zip(*found, strict=True))
+        return first, owner, block
+
+    @cached_property
+    def _slots(self) -> Ints:
+        """int64 [sequences]: which buffers of summaries are theirs."""
+        return np.asarray([self.cache.slot_of[sequence] for sequence in self.counts])
+
+    @cached_property
+    def _slots_there(self) -> Tensor:
+        return torch.from_numpy(self._slots).to(self.cache.device)
+
+    def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
+        if rows not in self._small:
+            first, owner, block = self._pages
+            pieces = self.cache.block_k // rows
+            at = np.where(owner == self.cache.rank, block, -1)[:, None] * pieces + np.arange(pieces)
+            at[owner != self.cache.rank] = -1
+            arrays = at.ravel(), first * pieces
+            self._small[rows] = tuple(torch.from_numpy(x).to(self.cache.device) for x in arrays)  # type: ignore[assignment]
+        return self._small[rows]
+
+    def _group(self, spec: AttentionSpec) -> _Group:
+        cache, few = self.cache, bool(self.count.max() <= FEW)
+        plan, everywhere = cache.level_plans.get(spec), spec in cache.level_plans
+        if spec == RETRIEVED:
+            everywhere = cache.retrieval is not None  # its bounds are made of all keys
+            plan = cache.retrieval if few else None
+        rows, unit = (1 if few else _BLOCK_Q, 1) if plan is None else plan.tile(few, _BLOCK_Q)
+        tiles = Tiles.of(self.start, self.count, rows, unit)
+        first, owner, block = self._pages
+
+        def where(tile: Ints, page: Ints) -> tuple[Ints, Ints]:
+            sequence = tiles.sequence[tile]
+            at = first[sequence] + page
+            there = at < first[sequence + 1]  # rows behind the new ones of a sequence may ask for more
+            at = np.where(there, at, 0)
+            return np.where(there, owner[at], -1), block[at]
+
+        tokens = spec.tokens if plan is None else plan.spec.tokens
+        patterns = [causal(pattern) for pattern in tokens.by_head(cache.heads)]
+        distinct = list(dict.fromkeys(patterns))
+        length = int((self.start + self.count).max())
+        axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, cache.block_k)
+        placed = [place(visit(pattern, *axes), where) for pattern in distinct]
+        head_table = tuple(distinct.index(pattern) for pattern in patterns)
+        asked = wanted(placed, len(tiles), cache.world_size) | everywhere
+        routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, everywhere, cache.device)
+        blocks, kept = (tiles.block, cache.block_k), asked[:, cache.rank]
+        table = table_of(placed, cache.rank, kept, head_table, blocks, cache.tables.blocks)
+        if plan is None:
+            return _Group(None, tiles, routes, table)
+        summaries = None
+        if spec.summaries and (spec.select is None or spec.merge == "gate"):
+            visited = plan.visited(tiles, self._slots, cache.world_size)
+            pages = cache.sequences * plan.rows // cache.block_k
+            summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
+        asking: tuple[Asking, ...] = ()
+        choosing = None
+        if plan.spec.select is not None:
+            choosing = plan.choice_tiles(tiles, self.start + self.count)
+            of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
+            asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
+        blind = torch.from_numpy(plan.blind(tiles))
+        on_device = blind.to(cache.device) if bool(blind.any()) else None
+        return _Group(plan, tiles, routes, table, choosing, asking, summaries, on_device)
+
+
+def causal(pattern: Pattern) -> Pattern:
+    """What the pattern allows of the positions up to the query's."""
+    return pattern if isinstance(pattern, Causal) else Causal() & pattern
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, table: AnyTable, scale: float, bias: Tensor | None = None) -> Part:
+    """(out [rows, heads, value_dim], lse [rows, heads]) of query tiles, in the accumulator's dtype.
+
+    q: [rows, heads, head_dim]. k, v: [slots, kv_heads, dim]. bias: [slots, kv_heads].
+    """
+    if table.block_q == 1:
+        return decode_attention(q, k, v, table, scale=scale, bias=bias)
+    dtype = accumulator_dtype(q.dtype)
+    out = q.new_zeros((1, q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
+    lse = q.new_full(out.shape[:3], -torch.inf, dtype=dtype)
+    own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
+    biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
+    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale, bias=biases)
+    return out[0], lse[0]

@@ -1,0 +1,322 @@
+"""How much memory a plan's passes hold at their peak: the tensors of passes.py, exchange.py and attend.py, written down
+in the order in which they come and go, for all ranks at once. Nothing is run.
+
+Counted are inputs, results and what autograd keeps, as an allocator of a GPU counts them. Not counted are the tables of
+what is visited (a few megabytes), partial results of rows that kernels cut (see kernels/work.py), and rounding up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.hierarchy import Hierarchy
+from distattn.loads import Floats, Load
+from distattn.spans import Bools
+from distattn.task import Task
+
+# Elements of scores that are in memory while chunks are chosen; see kernels/chunks_triton.py.
+_SCORES = 1 << 27
+# Bytes for each entry of a table that is made on the device, while its items are made; see kernels/selected.py.
+_ENTRY = 56
+
+
+class Ledger:
+    """Bytes that are held, by name, and the most that were: float64 [ranks]."""
+
+    def __init__(self, ranks: int) -> None:
+        self._held: dict[str, Floats] = {}
+        self.most = np.zeros(ranks)
+
+    def hold(self, **nbytes: Floats | float) -> None:
+        """Notes tensors. What had the same name becomes them, and is not held beside."""
+        self._held |= {name: np.broadcast_to(x, self.most.shape) for name, x in nbytes.items()}
+        self.most = np.maximum(self.most, sum(self._held.values(), np.zeros(1)))
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            self._held.pop(name, None)
+
+    def keep(self, *names: str) -> None:
+        """All others go."""
+        self._held = {name: x for name, x in self._held.items() if name in names}
+
+
+def peak_bytes(task: Task, *, backward: bool = False, on_gpu: bool = True) -> Floats:
+    """float64 [ranks]: bytes that each rank holds at most in a forward pass, inputs and results included, of a batch of
+    one; or in a forward and a backward pass with gradients of q, k and v, that of the result included.
+
+    on_gpu: whether ranks exchange in collectives; else pair by pair, as they do on CPUs.
+    """
+    held = _Held(task, on_gpu)
+    held.forward()
+    if backward:
+        held.backward()
+    return held.ledger.most
+
+
+class _Held:
+    """Both passes of a task, as what they hold."""
+
+    def __init__(self, task: Task, on_gpu: bool) -> None:
+        self.task, self.on_gpu = task, on_gpu
+        self.world, self.dim, self.size, self.wide = task.world, task.dim, task.itemsize, task.wide
+        self.rows, self.queries, self.outputs, self.keys = task.rows, task.queries, task.outputs, task.keys
+        self.loads, self.several, self.hierarchy = task.loads, len(task.loads) > 1, task.hierarchy
+        self.far = task.hierarchy is not None and not task.gate
+        self.ledger = Ledger(self.world)
+        self.ledger.hold(inputs=(self.rows * task.head_dim + self.keys) * self.size)
+
+    def travel(self, name: str, load: Load, row: float, home: bool = False) -> None:
+        """Rows that go and come, packed, from the start of an exchange until their arrival."""
+        if self.world == 1:
+            return
+        shared, every = load.shared
+        if every and not home:
+            self.gather(f"{name} shared", shared * row, every * row)
+        elif every:
+            self.exchange(f"{name} shared", 0.0, (every - shared) * row, shared * (self.world - 1) * row, True)
+        if load.distance != 0:
+            routes = load.routes
+            if home:  # sent as it lies, and added when all has come
+                self.exchange(name, 0.0, load.received * row, load.sent * row, routes.joins_home)
+            else:
+                packed, come = routes.packs * load.sent * row, routes.unpacks * load.received * row
+                self.exchange(name, packed, load.sent * row, come, routes.joins)
+
+    def exchange(
+        self, name: str, packed: Floats | float, sent: Floats | float, received: Floats | float, joins: Bools | bool
+    ) -> None:
+        """What was packed, and room for what comes. joins: a collective sends one tensor, made of one for each peer."""
+        joined = np.asarray(sent * (np.asarray(joins) & self.on_gpu), np.float64)
+        self.ledger.hold(**{name: packed + received + joined})
+        self.ledger.hold(**{name: np.asarray(np.where(joined > 0, joined, packed) + received, np.float64)})
+
+    def gather(self, name: str, mine: Floats | float, every: Floats | float) -> None:
+        """The same of rows that go to all; they are padded to as many as the largest rank has."""
+        padded = np.full(self.world, np.max(mine))
+        if self.on_gpu:
+            self.ledger.hold(**{name: mine + padded * (1 + self.world)})
+            self.ledger.hold(**{name: padded * (1 + self.world)})
+        else:
+            self.ledger.hold(**{name: mine + padded * self.world})
+
+    def arrived(self, name: str) -> None:
+        self.ledger.drop(name, f"{name} shared")
+
+    # Forward.
+
+    def forward(self) -> None:
+        ledger, hierarchy = self.ledger, self.hierarchy
+        if hierarchy is not None and hierarchy.levels:
+            self._pooled(hierarchy)
+        self._pattern(more=self.far)
+        if hierarchy is None:
+            self._finish(more=False)
+        else:
+            self._beside(hierarchy)
+        ledger.keep("inputs", "out", "lse", "kept", "kept queries", "summaries", "chosen", "table", "parts", "here")
+
+    def _pooled(self, hierarchy: Hierarchy) -> None:
+        mine = self.task.summaries * self.wide
+        self.ledger.hold(pooled=mine)
+        if self.world > 1:
+            self.ledger.hold(here=mine.sum())
+            self.gather("packed", mine, mine.sum())
+
+    def _pattern(self, more: bool) -> None:
+        task, ledger = self.task, self.ledger
+        resumes = self.task.resumes
+        self.ledger.hold(**{f"slot {parity}": self.task.room(parity) * self.size for parity in range(2)})
+        self.travel("stage 0", self.loads[0], self.dim * self.size)
+        if self.queries:
+            row = task.head_dim * self.size
+            ledger.hold(**{"kept queries": self.queries * row})
+            if self.world > 1:
+                self.gather("queries", self.queries * row / self.world, self.queries * row)
+        item = self.wide if more or resumes else self.size
+        ledger.hold(out=self.outputs * item, lse=self.rows * self.wide)
+        for number in range(len(self.loads)):
+            if number + 1 < len(self.loads):
+                self.travel(f"stage {number + 1}", self.loads[number + 1], self.dim * self.size)
+            self.arrived(f"stage {number}")
+        ledger.drop("slot 0", "slot 1")
+        if not self.several:
+            ledger.hold(kept=self.task.room(0) * self.size)
+
+    def _finish(self, more: bool) -> None:
+        """Guest queries, and the result in its dtype."""
+        ledger = self.ledger
+        ledger.drop("queries")
+        if self.queries:
+            part = self.queries * (self.task.value_dim + 1) * self.wide
+            mine = part / self.world
+            ledger.hold(part=part, total=mine)
+            if self.world > 1:
+                self.exchange("home", part - mine, part - mine, part - mine, self.world > 2)
+            # The rank's own rows, packed and put together, and what merging makes of them.
+            ledger.hold(mine=3 * mine)
+            ledger.drop("part", "total", "home", "mine")
+        if (more or self.task.resumes) and self.size != self.wide:
+            ledger.hold(result=self.outputs * self.size)
+            ledger.drop("result")
+            ledger.hold(out=self.outputs * self.size)
+
+    def _beside(self, hierarchy: Hierarchy) -> None:
+        ledger, select = self.ledger, hierarchy.spec.select
+        if hierarchy.levels:
+            ledger.drop("packed")
+            buffer = hierarchy.rows * self.task.kv_heads * float(self.dim)
+            levels = sum(level.count for level in hierarchy.levels[1:]) * self.task.kv_heads * float(self.dim)
+            bias = hierarchy.rows * self.task.kv_heads * self.wide
+            ledger.hold(here=self.task.summaries.sum() * self.wide, levels=levels * self.wide)
+            ledger.hold(summaries=2 * buffer * self.size + 2 * bias)
+            ledger.hold(summaries=buffer * self.size + bias)
+        if select is not None:
+            self._choice(hierarchy)
+        ledger.drop("levels", "pooled")
+        if self.task.gate:
+            self._finish(more=False)
+            for number in range(int(bool(hierarchy.levels)) + (select is not None)):
+                ledger.hold(more=self.outputs * self.wide, **{"more lse": self.rows * self.wide})
+                if number or not hierarchy.levels:
+                    self._chosen(hierarchy, backward=False)
+                ledger.hold(**{f"part {number}": self.outputs * self.size})
+                ledger.drop("more", "more lse")
+                ledger.hold(**{f"part {number} lse": self.rows * self.wide})
+            ledger.hold(gated=self.outputs * self.size)
+            kept = [name for name in ledger._held if name.startswith("part ")] + ["gated"]
+            total = sum((ledger._held[name] for name in kept), np.zeros(1))
+            ledger.drop(*kept)
+            ledger.hold(parts=total)
+            return
+        globals_ = float(len(hierarchy.spec.window.global_tokens) if hierarchy.spec.window else 0)
+        ledger.hold(before=globals_ * self.task.heads * self.task.value_dim * self.wide / self.world)
+        if select is not None:
+            self._chosen(hierarchy, backward=False)
+        ledger.drop("before")
+        self._finish(more=True)
+
+    def _choice(self, hierarchy: Hierarchy) -> None:
+        """Rows that score, scores, what is chosen, and the table of summaries beside it."""
+        by, select = hierarchy.choosing, hierarchy.spec.select
+        assert select is not None
+        tiles = self.task.tokens / hierarchy.tile
+        tables = self.task.heads if select.heads == "q" else self.task.kv_heads
+        means = tiles * self.task.heads * self.task.head_dim * self.wide if hierarchy.tile > 1 else 0.0
+        summed = tiles * self.task.kv_heads * self.task.head_dim * self.wide
+        columns = hierarchy.levels[0].count if by.mass else hierarchy.chunks
+        scorers = self.task.heads if by.mass else tables
+        scores = np.minimum(float(_SCORES), scorers * tiles * columns) * 4
+        self.ledger.hold(choosing=2 * means + summed + scores)
+        self.ledger.hold(chosen=tables * tiles * by.most * 4)
+        self.ledger.drop("choosing")
+        if hierarchy.levels and not self.task.gate:
+            ladder = hierarchy.ladder
+            self.ledger.hold(table=tables * tiles * ladder.most * 4 * (1 + ladder.words))
+
+    def _chosen(self, hierarchy: Hierarchy, backward: bool) -> None:
+        ledger, select = self.ledger, hierarchy.spec.select
+        assert select is not None
+        by = hierarchy.choosing
+        tables = self.task.heads if select.heads == "q" else self.task.kv_heads
+        entries = tables * self.task.tokens / hierarchy.tile * by.most
+        ladder = hierarchy.ladder.most if hierarchy.levels and not self.task.gate else 0
+        work = tables * self.task.tokens / hierarchy.tile * max(ladder, by.most) * _ENTRY
+        ledger.hold(named=entries * 12, work=work)
+        ledger.drop("work")
+        if self.world == 1:
+            ledger.drop("named")
+            return
+        page = self.task.kv_heads * hierarchy.chunk * self.dim
+        row = page * (self.wide if backward else self.size)
+        rounds = self.task.rounds
+        again = len(rounds) > 1
+        room = [
+            np.max([some.take for some in rounds[parity::2]], axis=0) if rounds[parity::2] else np.zeros(self.world)
+            for parity in range(2)
+        ]
+        if not backward or again:
+            ledger.hold(slots=sum(room) * page * self.size)
+        for number, (_, take, give, _) in enumerate(rounds):
+            if not backward or again:
+                taken = give * page * self.size
+                self.exchange(f"round {number}", taken, taken, 0.0, len(rounds) == 1 and self.world > 2)
+                if number:
+                    ledger.drop(f"round {number - 1}")
+            if backward:
+                ledger.hold(**{f"d_guests {number}": take * row})
+                ledger.drop(f"d_guests {number - 2}", f"home {number - 1}")
+                self.exchange(f"home {number}", 0.0, take * row, give * row, len(rounds) == 1 and self.world > 2)
+        ledger.drop("named", *(f"round {number}" for number in range(len(rounds))))
+        if not backward and not again:
+            ledger.hold(**{"kept chosen": rounds[0].take * page * self.size})
+        ledger.drop("slots", *(f"{what} {n}" for n in range(len(rounds)) for what in ("d_guests", "home")))
+
+    # Backward.
+
+    def backward(self) -> None:
+        task, ledger = self.task, self.ledger
+        ring = self.task.resumes
+        once = not (ring or self.queries or self.far)
+        alone = once and (self.several or self.world == 1)
+        queries = self.rows * task.head_dim
+        # The gradient of the result; that of the log-sum-exp is made of zeros.
+        ledger.hold(grad_out=self.outputs * self.size, grad_lse=self.rows * self.wide, delta=self.rows * self.wide)
+        if self.task.gate:
+            ledger.hold(gates=3 * self.outputs * self.size)
+        if self.far and self.hierarchy is not None and self.hierarchy.levels:
+            buffer = self.hierarchy.rows * task.kv_heads * float(self.dim + 1)
+            ledger.hold(sums=buffer * self.wide)
+        ledger.hold(dq=queries * (self.size if once else self.wide))
+        ledger.hold(d_own=self.keys * (self.size if alone else self.wide))
+        if self.size == 2:  # numbers of rows, as kernels read them
+            ledger.hold(lines=2 * self.rows * 4)
+            ledger.drop("lines")
+        if self.several:
+            ledger.hold(**{f"slot {parity}": self.task.room(parity) * self.size for parity in range(2)})
+            self.travel("stage 0", self.loads[0], self.dim * self.size)
+        self._queries_backward()
+        before = ["d_guests", "home"]
+        for number, load in enumerate(self.loads):
+            before = self._stage_backward(number, load, before, self.size if alone and not self.several else self.wide)
+        ledger.drop(*before)
+        if self.far and self.hierarchy is not None and self.hierarchy.spec.select is not None:
+            self._chosen(self.hierarchy, backward=True)
+        if not once and self.size != self.wide:
+            ledger.hold(given=queries * self.size)
+        if not alone and self.size != self.wide:
+            ledger.hold(**{"given keys": self.keys * self.size})
+
+    def _queries_backward(self) -> None:
+        if not self.queries:
+            return
+        row = self.task.value_dim * self.size + 2 * self.wide
+        home = self.queries * self.task.head_dim * self.wide
+        self.ledger.hold(rows=2 * self.rows * self.wide, gradients=self.queries * row)
+        if self.world > 1:
+            self.gather("arriving", self.queries * row / self.world, self.queries * row)
+        self.ledger.drop("arriving")
+        self.ledger.hold(**{"d_guests": home})
+        self.ledger.drop("gradients", "rows")
+        if self.world > 1:
+            away = home * (1 - 1 / self.world)
+            self.exchange("home", away, away, away, self.world > 2)
+        else:
+            self.ledger.hold(home=2 * home)
+
+    def _stage_backward(self, number: int, load: Load, before: list[str], item: float) -> list[str]:
+        """The stage's tensors; the names of those that go when the next one is done."""
+        ledger, sliced = self.ledger, self.task.slices > 1
+        heads = self.task.kv_heads / self.task.slices
+        names = [f"{what} {number}" for what in ("d_guests", "home", "home shared", "d_mine")]
+        if sliced:
+            ledger.hold(**{names[3]: self.keys / self.task.slices * self.wide})
+        ledger.hold(**{names[0]: load.guest_rows * heads * self.dim * item})
+        if self.several:
+            self.arrived(f"stage {number}")
+            if number + 1 < len(self.loads):
+                self.travel(f"stage {number + 1}", self.loads[number + 1], self.dim * self.size)
+        self.travel(f"home {number}", load, self.dim * self.wide, home=True)
+        ledger.drop(*before)
+        # The last ones stay until all is returned.
+        return [name for name in (*names, f"home {number} shared") if number + 1 < len(self.loads) or "home" in name]

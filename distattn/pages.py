@@ -1,0 +1,212 @@
+"""Who has which pages of a cache: tables of pages by sequence, free lists and reference counts of every rank.
+
+Nothing here holds a key or a value. It is a pure function of the calls so far, and every rank makes the same calls, so
+that all know the whole cache without talking.
+
+The pages of all key/value heads for the same ``rows`` positions live and die together: a *block*. Page h of block b
+is rows ``b * rows ..`` of head h in the tensors of its rank. Page p of a sequence holds its positions ``p * rows ..``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distattn.errors import CacheFull, ConfigError
+from distattn.spans import Bools, Ints
+
+Int32 = NDArray[np.int32]
+
+
+class Written(NamedTuple):
+    """Where rows go that were appended, in the order of the sequences and of their positions.
+
+    owner: int64 [n], a rank each. slot: int64 [n], rows of that rank's tensors.
+    copies: (rank, block, new block): what must be copied first, since another sequence still reads the old block.
+    """
+
+    owner: Ints
+    slot: Ints
+    copies: tuple[tuple[int, int, int], ...]
+
+
+class _Sequence:
+    """length: positions so far. owner, block: int32 [pages], -1 where a page was evicted."""
+
+    def __init__(self, length: int, owner: Int32, block: Int32) -> None:
+        self.length, self.owner, self.block = length, owner, block
+
+
+class PageTables:
+    """Tables of pages over the blocks of all ranks.
+
+    Args:
+        world_size: ranks.
+        blocks: of each rank.
+        rows: positions of a block.
+
+    Attributes:
+        references: int32 [world_size, blocks]: how many sequences read each block; 0: it is free.
+    """
+
+    def __init__(self, world_size: int, blocks: int, rows: int) -> None:
+        for name, value in (("world_size", world_size), ("blocks", blocks), ("rows", rows)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1")
+        self.world_size, self.blocks, self.rows = world_size, blocks, rows
+        self.references: Int32 = np.zeros((world_size, blocks), np.int32)
+        self._free = [list(range(blocks))[::-1] for _ in range(world_size)]
+        self._sequences: dict[int, _Sequence] = {}
+        self._added = 0
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Those that were added or forked, and not freed."""
+        return tuple(self._sequences)
+
+    def free_blocks(self, rank: int) -> int:
+        return len(self._free[rank])
+
+    def length(self, sequence: int) -> int:
+        """Positions that were appended, evicted ones included."""
+        return self._of(sequence).length
+
+    def pages(self, sequence: int) -> tuple[Int32, Int32]:
+        """(owner, block), int32 [pages] each: the rank and the block of each page; -1 where it was evicted."""
+        found = self._of(sequence)
+        return found.owner, found.block
+
+    def add(self) -> int:
+        """A new, empty sequence. Numbers are never used twice."""
+        return self._insert(_Sequence(0, np.zeros(0, np.int32), np.zeros(0, np.int32)))
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that begins with all positions of another, and shares their blocks."""
+        old = self._of(sequence)
+        self._refer(old.owner, old.block, 1)
+        return self._insert(_Sequence(old.length, old.owner.copy(), old.block.copy()))
+
+    def free(self, sequence: int) -> None:
+        """Ends a sequence; blocks that no other reads are free."""
+        old = self._of(sequence)
+        del self._sequences[sequence]
+        self._release(old.owner, old.block)
+
+    def evict(self, sequence: int, pages: Iterable[int]) -> None:
+        """Takes pages from a sequence, for good. Their positions still count.
+
+        Raises:
+            ConfigError: a page is not there, or was evicted before; or it is the last one, which is still being filled.
+        """
+        found, which = self._of(sequence), np.unique(np.fromiter(pages, np.int64))
+        whole = found.length // self.rows
+        if len(which) and not 0 <= which[0] <= which[-1] < whole:
+            raise ConfigError(
+                f"pages are {which.tolist()}; expected whole pages of sequence {sequence}, 0 to {whole - 1}"
+            )
+        if (found.owner[which] < 0).any():
+            gone = which[found.owner[which] < 0].tolist()
+            raise ConfigError(f"pages are {which.tolist()}; expected some that are there, and {gone} were evicted")
+        self._release(found.owner[which], found.block[which])
+        found.owner[which] = found.block[which] = -1
+
+    def append(self, counts: Mapping[int, int]) -> Written:
+        """Makes room for new positions at the ends of sequences. New blocks go to the ranks with the most free ones.
+
+        Args:
+            counts: how many positions, by sequence.
+
+        Raises:
+            ConfigError: there is no such sequence, or a count is below 0.
+            CacheFull: there is no room for all of them; nothing has changed.
+        """
+        for sequence, count in counts.items():
+            self._of(sequence)
+            if count < 0:
+                raise ConfigError(f"counts has {count} for sequence {sequence}; expected at least 0")
+        copied, more = self._wanted(counts)
+        left = np.asarray([len(free) for free in self._free])
+        if (copied > left).any() or more + copied.sum() > left.sum():
+            total = sum(counts.values())
+            raise CacheFull(
+                f"there is no room for {total:,} tokens of {len(counts)} sequences: {more + copied.sum():,} blocks of "
+                f"{self.rows} are needed, {copied.tolist()} of them on the ranks that hold what they copy, and "
+                f"{left.tolist()} are free by rank, of {self.blocks:,} each"
+            )
+        copies = []
+        for sequence, count in counts.items():
+            if (copy := self._own_last(self._of(sequence), count)) is not None:
+                copies.append(copy)
+        parts = [self._extend(self._of(sequence), count) for sequence, count in counts.items()]
+        owner, slot = (np.concatenate([part[i] for part in parts] or [np.zeros(0, np.int64)]) for i in (0, 1))
+        return Written(owner, slot, tuple(copies))
+
+    def _wanted(self, counts: Mapping[int, int]) -> tuple[Ints, int]:
+        """(blocks to copy on each rank, new blocks anywhere)."""
+        copied, more = np.zeros(self.world_size, np.int64), 0
+        readers: dict[tuple[int, int], int] = {}
+        for sequence, count in counts.items():
+            found = self._of(sequence)
+            more += -(-(found.length + count) // self.rows) - len(found.owner)
+            if count and found.length % self.rows:
+                last = int(found.owner[-1]), int(found.block[-1])
+                left = readers.setdefault(last, int(self.references[last]))
+                if left > 1:
+                    readers[last] -= 1
+                    copied[last[0]] += 1
+        return copied, more
+
+    def _own_last(self, found: _Sequence, count: int) -> tuple[int, int, int] | None:
+        """Sees to it that no other sequence reads the page that is filled further."""
+        if not count or found.length % self.rows == 0:
+            return None
+        rank, block = int(found.owner[-1]), int(found.block[-1])
+        if self.references[rank, block] == 1:
+            return None
+        new = self._take(rank)
+        self.references[rank, block] -= 1
+        found.block[-1] = new
+        return rank, block, new
+
+    def _extend(self, found: _Sequence, count: int) -> tuple[Ints, Ints]:
+        stop = found.length + count
+        new = -(-stop // self.rows) - len(found.owner)
+        owner, block = np.zeros(new, np.int32), np.zeros(new, np.int32)
+        for i in range(new):
+            rank = max(range(self.world_size), key=lambda rank: len(self._free[rank]))  # the lowest of equals
+            owner[i], block[i] = rank, self._take(rank)
+        found.owner, found.block = np.append(found.owner, owner), np.append(found.block, block)
+        at = np.arange(found.length, stop)
+        found.length = stop
+        page = at // self.rows
+        return found.owner[page].astype(np.int64), found.block[page].astype(np.int64) * self.rows + at % self.rows
+
+    def _take(self, rank: int) -> int:
+        block = self._free[rank].pop()
+        self.references[rank, block] = 1
+        return block
+
+    def _refer(self, owner: Int32, block: Int32, by: int) -> Bools:
+        """Changes the counts of blocks that are there; bool [pages]: which these are."""
+        there = owner >= 0
+        np.add.at(self.references, (owner[there], block[there]), by)
+        return there
+
+    def _release(self, owner: Int32, block: Int32) -> None:
+        there = self._refer(owner, block, -1)
+        for rank, number in zip(owner[there].tolist(), block[there].tolist(), strict=True):
+            if self.references[rank, number] == 0:
+                self._free[rank].append(number)
+
+    def _insert(self, sequence: _Sequence) -> int:
+        self._added += 1
+        self._sequences[self._added - 1] = sequence
+        return self._added - 1
+
+    def _of(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
+            raise ConfigError(f"sequence is {sequence}; expected one of {list(self._sequences)}")
+        return self._sequences[sequence]

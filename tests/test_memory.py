@@ -1,0 +1,137 @@
+"""The account of memory beside what the allocator of a CPU says of the same passes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_pool import RankPool
+from torch.profiler import ProfilerActivity, profile
+
+from distattn import chosen, exchange, passes, presets, selection, summaries
+from distattn.attend import attend
+from distattn.extras import AttentionExtras
+from distattn.kernels import chunks
+from distattn.kernels.chunks import Ladder
+from distattn.kernels.rows import Places, split_rows
+from distattn.memory import peak_bytes
+from distattn.patterns import Causal, GlobalKeys, SlidingWindow
+from distattn.plan import make_plan
+from distattn.spec import AttentionSpec
+from distattn.task import Task
+
+SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 64}
+WINDOW = Causal() & (SlidingWindow(511, 0) | GlobalKeys(range(64)))
+HIERARCHICAL = presets.hierarchical(256, (64, 512), (8,), 4, "tile", global_keys=range(16))
+CASES: dict[str, tuple[AttentionSpec, int, dict[str, Any]]] = {
+    "window": (AttentionSpec(WINDOW), 4096, {}),
+    "dense, direct": (presets.dense(), 4096, {"schedule": "direct"}),
+    "dense, slices": (presets.dense(), 4096, {"schedule": "slices"}),
+    "dense, ring": (presets.dense(), 4096, {"schedule": "ring"}),
+    "global queries": (presets.longformer(512, global_tokens=range(64)), 4096, {"schedule": "direct"}),
+    "hierarchical": (HIERARCHICAL, 8192, {}),
+    "two levels": (presets.combiner(256, (64, 512), (8,)), 8192, {}),
+}
+
+
+def means(x: torch.Tensor, chunk: int, left_out: object = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a kernel's: float32, and nothing beside."""
+    found = x.new_zeros((x.shape[0], x.shape[1] // chunk, *x.shape[2:]), dtype=torch.float32)
+    for first in range(chunk):
+        found += x[:, first::chunk]
+    found /= chunk
+    return found, found.new_zeros(found.shape[1])
+
+
+def packed(tensors: Sequence[torch.Tensor], places: Places) -> torch.Tensor:
+    """As a kernel's: one tensor, and nothing beside."""
+    flat = tensors[0].new_empty(sum(x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors))
+    for x, part in zip(tensors, split_rows(tensors, places, flat), strict=True):
+        for to, head in enumerate(places.heads):
+            at = 0
+            for first, stop in places.runs.tolist():
+                part[:, at : at + stop - first, to] = x[:, first:stop, head]
+                at += stop - first
+    return flat
+
+
+def pages(chosen: torch.Tensor, position: object, exists: object, ladder: Ladder) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a kernel's: what is visited, and nothing beside."""
+    found = torch.zeros((*chosen.shape[:3], ladder.most), dtype=torch.int32)
+    return found, found.new_zeros((*found.shape, 1, ladder.words))
+
+
+def added(x: torch.Tensor, page: torch.Tensor, head: torch.Tensor, values: torch.Tensor) -> None:
+    """As a kernel's: nothing beside."""
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """What PyTorch operations need in place of kernels says nothing of a GPU."""
+    replaced = {
+        (passes, "attention_forward"): lambda *_, **__: None,
+        (passes, "attention_backward"): lambda *_, **__: None,
+        (passes, "row_deltas"): lambda out, grad_out, grad_lse: grad_lse.clone(),
+        (exchange, "pack_rows"): packed,
+        (summaries, "chunk_means"): means,
+        (selection, "chunk_means"): means,
+        (selection, "summary_pages"): pages,
+        (chosen, "add_chunks"): added,
+        (chunks, "_SCRATCH"): 1 << 14,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for (module, name), value in replaced.items():
+            patch.setattr(module, name, value)
+        yield
+
+
+def most_allocated(run: Callable[[], object]) -> int:
+    """Bytes of the CPU's allocator at their peak, less those at the beginning."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    assert found.profiler is not None
+    events = found.profiler.kineto_results.events()
+    changes = [(x.start_ns(), x.nbytes()) for x in events if x.name() == "[memory]"]
+    return int(np.cumsum([nbytes for _, nbytes in sorted(changes, key=lambda x: x[0])]).max(initial=0))
+
+
+def peaks(context: Any, name: str) -> tuple[int, int]:
+    """Bytes of a forward pass, and of one with a backward pass, inputs included, on this rank."""
+    spec, length, more = CASES[name]
+    plan = make_plan(spec, length, **SIZES, **more, mesh=context.mesh if context is not None else None)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, plan.tokens, heads, 64, generator=generator).bfloat16() for heads in (8, 4, 4, 8))
+    inputs = sum(x.nbytes for x in (q, k, v))
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, plan, extras=AttentionExtras())
+
+    def both() -> None:
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        torch.autograd.grad(forward(*leaves), leaves, grad)
+
+    with without_kernels():
+        both()  # what is kept with a plan is there
+        alone = most_allocated(lambda: forward(q.detach(), k.detach(), v.detach()))
+        return inputs + alone, inputs + grad.nbytes + most_allocated(both)
+
+
+def check(found: list[tuple[int, int]], name: str, world_size: int) -> None:
+    spec, length, more = CASES[name]
+    plan = make_plan(spec, length, **SIZES, **more, world_size=world_size, rank=0)
+    for number, backward in enumerate((False, True)):
+        told = peak_bytes(Task.of(plan, 2), backward=backward, on_gpu=False)
+        for rank in range(world_size):
+            assert found[rank][number] == pytest.approx(told[rank], rel=0.1), (rank, backward, plan)
+
+
+@pytest.mark.parametrize("name", ["window", "global queries", "hierarchical", "two levels"])
+def test_the_account_is_what_is_allocated_on_one_rank(name: str) -> None:
+    check([peaks(None, name)], name, 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_account_is_what_is_allocated_on_two_ranks(name: str, ranks: RankPool) -> None:
+    check(ranks(2, peaks, name), name, 2)
