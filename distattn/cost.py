@@ -132,7 +132,7 @@ class Timeline:
 
     def _latest(self, seconds: Floats) -> Floats:
         """Of all who take part."""
-        return seconds.reshape(-1, self.group).max(axis=1).repeat(self.group)
+        return np.asarray(seconds.reshape(-1, self.group).max(axis=1).repeat(self.group))
 
     def within(self, part: Prediction) -> None:
         """A whole pass, of which nothing is under way at its end."""

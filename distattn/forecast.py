@@ -108,9 +108,8 @@ class _Heads:
         for width in widths + keys:
             row = width * self.size
             pending.append(self._start(time, self.others * row, (self.ranks - 1) * self.mine * row))
-        for done, width in zip(pending, widths + keys, strict=True):
+        for done in pending:
             time.wait(done)
-            time.copy(4 * self.mine * width * self.size, pack=True, launches=2)  # its own rows
         come = self.ranks * self.mine
         time.copy(2 * come * sum(widths) * self.size, launches=self.ranks * len(widths))
         if keys:  # zeros, sums, casts

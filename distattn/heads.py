@@ -136,7 +136,7 @@ class HeadsPlan(Plan):
         return transfer.returned_bytes(row_bytes, self.head_rank)
 
     def work(self, itemsize: int = 2) -> list[Work]:
-        by_key = {plan.key: plan.work(itemsize) for plan in self.plans}
+        by_key = {key: plan.work(itemsize) for key, plan in {plan.key: plan for plan in self.plans}.items()}
         inner = [by_key[plan.key] for plan in self.plans]
         tokens, shards, ranks = self.layout.tokens(), self.inner.layout.tokens(), len(self.plans)
         heads, kv_heads = self.inner.heads, self.inner.kv_heads

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     schedule: str
     length: int
     dtype: torch.dtype = torch.float32
+    batch: int = 2  # rows of one sequence are received where they belong
 
 
 CASES = [
@@ -60,6 +61,10 @@ CASES = [
     Case("per_head", (2, 2), 2, "zigzag", "ring", 163),
     Case("per_head", (2, 2), 1, "contiguous", "slices", 164),
     Case("delta", (2, 2), 2, "balanced", "direct", 165),
+    Case("per_head", (1, 2), 1, "contiguous", "direct", 166, batch=1),
+    Case("per_head", (1, 4), 2, "contiguous", "direct", 167, batch=1),
+    Case("window", (1, 4), 4, "contiguous", "direct", 168, torch.bfloat16, batch=1),
+    Case("dense", (2, 2), 1, "zigzag", "ring", 169, batch=1),
 ]
 SIZES: dict[str, Any] = {"heads": 4, "head_dim": 32, "value_dim": 16, "block_q": 16, "block_k": 16}
 
@@ -79,7 +84,7 @@ def inputs_of(case: Case) -> list[torch.Tensor]:
     """q, k, v, and the weights of out and lse in the loss."""
     generator = torch.Generator().manual_seed(case.length)
     heads = ((4, 32), (case.kv_heads, 32), (case.kv_heads, 16), (4, 16), (4, 1))
-    *tensors, lse = (torch.randn((2, case.length, *size), generator=generator) for size in heads)
+    *tensors, lse = (torch.randn((case.batch, case.length, *size), generator=generator) for size in heads)
     return [*tensors, lse.squeeze(-1)]
 
 
@@ -111,8 +116,8 @@ def results(context: Context, cases: list[Case]) -> list[dict[str, Any]]:
         found.append(
             {
                 "tensors": whole if context.rank == 0 else None,
-                "forward": (plan.sent_bytes(size, 2, **options), middle - start),
-                "backward": (plan.sent_bytes_backward(size, 2, **options), sent.total - middle),
+                "forward": (plan.sent_bytes(size, case.batch, **options), middle - start),
+                "backward": (plan.sent_bytes_backward(size, case.batch, **options), sent.total - middle),
             }
         )
     return found

@@ -54,8 +54,8 @@ def _machine(config: Config) -> Machine:
 
 
 def _plan(config: Config, world_size: int) -> Plan:
-    more = {"world_size": world_size, "rank": 0, "head_ranks": config.layout.head_ranks}
-    return make_plan(attention_spec(config), **more, **plan_options(config))
+    spec, head_ranks = attention_spec(config), config.layout.head_ranks
+    return make_plan(spec, world_size=world_size, rank=0, head_ranks=head_ranks, **plan_options(config))
 
 
 def _scaling(config: Config, machine: Machine, itemsize: int) -> str:
@@ -80,7 +80,8 @@ def _scaling(config: Config, machine: Machine, itemsize: int) -> str:
         )
     lines = [
         f"{config.seq_len:,} tokens, {config.model.heads} query and {config.model.kv_heads} key/value heads of "
-        f"{config.model.head_dim}, {8 * itemsize} bits: predicted, one layer, the slowest rank",
+        f"{config.model.head_dim}, {8 * itemsize} bits: predicted, one layer, the slowest rank"
+        + (f"; each {config.layout.head_ranks} ranks exchange heads" if config.layout.head_ranks > 1 else ""),
         attention_spec(config).text,
         "",
         *table(header, rows),
