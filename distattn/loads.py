@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.layout import Layout
-from distattn.outline import Outline, guest_pages, owned_pages
+from distattn.messages import FEW_ROWS
+from distattn.outline import Outline, count_rows, guest_pages, owned_pages
 from distattn.spans import Bools, Ints, Spans
 
 Floats = NDArray[np.float64]
@@ -37,7 +38,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Routes:
-    """How pages travel; each bool [ranks].
+    """How pages travel; bool [ranks] each, and together: keys and values as one message.
 
     packs: what a rank sends does not lie in one piece for each who gets it, so that it is packed. joins: it sends to
     several, whose pieces a collective wants in one tensor. joins_home: it takes from several. unpacks: what comes does
@@ -48,6 +49,12 @@ class Routes:
     joins: Bools
     joins_home: Bools
     unpacks: Bools
+    together: bool
+
+    @property
+    def messages(self) -> int:
+        """How many travel: keys and values are one, or two."""
+        return 1 if self.together else 2
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,7 @@ class _View:
         pieces = self._pieces()
         if pieces is None:
             yes = np.ones(self.world, np.bool_)
-            return Routes(yes, yes, yes, several_groups), False
+            return Routes(yes, yes, yes, several_groups | self._together, self._together), False
         # Pieces of one journey that follow one another in the giver's rows are one.
         order = np.lexsort((pieces[2], pieces[1], pieces[0]))
         taker, giver, first, stop = (x[order] for x in pieces)
@@ -253,8 +260,15 @@ class _View:
         broken[1:] &= first[1:] != stop[:-1]
         packs = np.bincount(giver, broken, self.world) > 0
         gives, takes = (np.bincount(x[new], minlength=self.world) for x in (giver, taker))
-        few = max(gives.max(), takes.max()) <= 2
-        return Routes(packs | several_groups, gives > 1, takes > 1, several_groups), bool(few)
+        few = bool(max(gives.max(), takes.max()) <= 2)
+        together = self._together
+        return Routes(packs | several_groups | together, gives > 1, takes > 1, several_groups | together, together), few
+
+    @property
+    def _together(self) -> bool:
+        """Whether keys and values of pages travel as one message; see ``messages.FEW_ROWS``."""
+        pages = np.sum([len(heads) * count_rows(guests) for heads, guests in self.groups], axis=0)
+        return bool(pages.max(initial=0) * self.block <= FEW_ROWS)
 
     def _pieces(self) -> tuple[Ints, Ints, Ints, Ints] | None:
         """Guests as pieces of segments: who takes, who gives, and where a piece begins and ends in the giver's pages.

@@ -77,8 +77,9 @@ class _Held:
             self.exchange(f"{name} shared", 0.0, (every - shared) * row, shared * (self.world - 1) * row, True)
         if load.distance != 0:
             routes = load.routes
-            if home:  # sent as it lies, and added when all has come
-                self.exchange(name, 0.0, load.received * row, load.sent * row, routes.joins_home)
+            if home:  # sent as it lies unless together, and added when all has come
+                packed = routes.together * load.received * row
+                self.exchange(name, packed, load.received * row, load.sent * row, routes.joins_home)
             else:
                 packed, come = routes.packs * load.sent * row, routes.unpacks * load.received * row
                 self.exchange(name, packed, load.sent * row, come, routes.joins)

@@ -80,13 +80,16 @@ def begun(
     if torch.compiler.is_compiling():
         yield
         return
-    names = []
-    with torch.no_grad():
+    names = [_names(plan, "tokens", [q, k, v])]
+
+    def bring_summaries() -> None:
         if pooled and plan.world_size > 1:
             names.append(_names(plan, "summaries", pooled))
             _begun[names[-1]] = _bring(pooled, plan.name, "summaries")
-        names.append(_names(plan, "tokens", [q, k, v]))
-        _begun[names[-1]] = Pass(plan, sent).begin(q, k, v, scale, more)
+
+    with torch.no_grad():
+        # The pattern's exchanges go first: its tiles wait for them.
+        _begun[names[0]] = Pass(plan, sent).begin(q, k, v, scale, more, bring_summaries)
     try:
         yield
     finally:

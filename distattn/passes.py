@@ -6,7 +6,7 @@ For each stage: fill the arena, run the tile kernel, merge by log-sum-exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -100,14 +100,22 @@ class Pass:
         more = bool(self.sources) or self.chosen is not None
         return self.finish(self.begin(q, k, v, scale, more), q, k, v, scale)
 
-    def begin(self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> Begun:
-        """The plan's pattern; ``more``: sources follow, which need not be known yet."""
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool, also: Callable[[], None] = lambda: None
+    ) -> Begun:
+        """The plan's pattern.
+
+        Args:
+            more: sources follow, which need not be known yet.
+            also: starts what travels behind the plan's first exchanges, while tiles are computed.
+        """
         dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
         several = not stages or any(stage.resumes for stage in stages) or more
         slots = self._slots(k, v)
         pending = self._bring(stages[0], own, slots[0]) if stages else (Pending(), Pending())
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
         queries_here = self.exchange.bring("queries", queries.transfer, [q], [guest_q]) if queries else Pending()
+        also()
 
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
@@ -256,10 +264,10 @@ class Pass:
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2], " again")
             # Guests' gradients before the others: they go home while the other tiles are computed.
             run(table=stage.with_guests)
-            going = [self._take_home(stage.pages, d_guests, d_mine)]
+            going = [self._take_home(stage.pages, d_guests, d_mine, stage.together)]
             if not first:
                 run(table=stage.alone)
-            going.append(self._take_home(stage.shared, d_guests, d_mine))
+            going.append(self._take_home(stage.shared, d_guests, d_mine, True))
             for part in homeward:  # those of the stage before have come meanwhile
                 part.wait()
             homeward = [*going, *([Pending(partial(_add, d_own, d_mine, stage.kv_heads))] if sliced else [])]
@@ -349,29 +357,33 @@ class Pass:
         """Gathered keys, and pages of other ranks."""
         mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
 
-        def start(transfer: Transfer | None, of: str) -> Pending:
+        def start(transfer: Transfer | None, of: str, together: bool) -> Pending:
             if transfer is None:
                 return Pending()
+            if together:
+                return self.exchange.bring(f"{of}keys and values{again}", transfer, mine, guests)
             # One by one: what lies in one piece is sent and received in place.
             names = (f"{of}keys{again}", f"{of}values{again}")
             return Pending.all(
                 self.exchange.bring(what, transfer, [x], [to]) for what, x, to in zip(names, mine, guests, strict=True)
             )
 
-        return start(stage.shared, "global "), start(stage.pages, "")
+        return start(stage.shared, "global ", True), start(stage.pages, "", stage.together)
 
-    def _take_home(self, transfer: Transfer | None, d_guests: Pages, d_own: Pages) -> Pending:
+    def _take_home(self, transfer: Transfer | None, d_guests: Pages, d_own: Pages, together: bool) -> Pending:
         if transfer is None:
             return Pending()
 
-        def one(what: str, guests: Tensor, total: Tensor) -> Pending:
+        def one(what: str, guests: Sequence[Tensor], totals: Sequence[Tensor]) -> Pending:
             def receive(message: Message, rows: list[Tensor]) -> None:
-                add_rows(total, message.places, rows[0])
+                for total, returned in zip(totals, rows, strict=True):
+                    add_rows(total, message.places, returned)
 
-            return self.exchange.take_home(what, transfer, [guests], receive)
+            return self.exchange.take_home(f"gradients of {what}", transfer, guests, receive)
 
-        names = ("gradients of keys", "gradients of values")
-        return Pending.all(one(*each) for each in zip(names, d_guests, d_own, strict=True))
+        if together:
+            return one("keys and values", d_guests, d_own)
+        return Pending.all(one(what, [x], [y]) for what, x, y in zip(("keys", "values"), d_guests, d_own, strict=True))
 
     def _attend_guest_queries(
         self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float

@@ -59,19 +59,19 @@ class _Run:
         if all_shared:
             self.time.copy(4 * shared * row_bytes, pack=True, launches=3)
             others = (all_shared - shared) * row_bytes
-            first = self.time.start("all_gather", others, abroad=self.abroad, messages=_TENSORS)
+            first = self.time.start("all_gather", others, abroad=self.abroad)
         done = none
         if load.distance != 0:
             routes, out = load.routes, load.sent * row_bytes
-            self.time.copy(2 * routes.packs * out, pack=True, launches=_TENSORS)
-            self.time.copy(2 * routes.joins * out, launches=_TENSORS)
+            self.time.copy(2 * routes.packs * out, pack=True, launches=routes.messages)
+            self.time.copy(2 * routes.joins * out, launches=routes.messages)
             done = self._travel_pages(load, row_bytes)
         return [(first, none + all_shared * row_bytes), (done, load.routes.unpacks * load.received * row_bytes)]
 
     def _travel_pages(self, load: Load, row_bytes: float) -> Floats:
         most = np.maximum(load.sent, load.received) * row_bytes
         abroad = self.abroad if load.kind == "all_to_all" else 1.0
-        return self.time.start(load.kind, most, load.distance, abroad, _TENSORS)
+        return self.time.start(load.kind, most, load.distance, abroad, load.routes.messages)
 
     def arrive(self, started: tuple[Floats, Floats]) -> None:
         done, nbytes = started
@@ -355,7 +355,9 @@ class _Run:
         if self.world == 1 or load.distance == 0:
             return np.zeros(self.world), np.zeros(self.world)
         row = self.dim * self.wide
-        self.time.copy(2 * load.routes.joins_home * load.received * row, launches=_TENSORS)
+        routes = load.routes
+        self.time.copy(2 * routes.together * load.received * row, pack=True)
+        self.time.copy(2 * routes.joins_home * load.received * row, launches=routes.messages)
         return self._travel_pages(load, row), load.sent * row
 
     def _send_shared_home(self, load: Load) -> tuple[Floats, Floats]:
@@ -366,7 +368,7 @@ class _Run:
         row = self.dim * self.wide
         self.time.copy(4 * every * row, pack=True, launches=2)
         most = np.maximum(every - shared, shared * (self.world - 1)) * row
-        done = self.time.start("all_to_all", most, abroad=self.abroad, messages=_TENSORS)
+        done = self.time.start("all_to_all", most, abroad=self.abroad)
         return done, shared * (self.world - 1) * row
 
     def _added(self, homeward: list[tuple[Floats, Floats]]) -> None:

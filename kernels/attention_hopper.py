@@ -1,6 +1,6 @@
 """The forward tile kernel for Hopper GPUs, in Triton's Gluon dialect.
 
-The same online softmax as in attention_triton.py, on as many programs as there are multiprocessors, each of which goes
+The same online softmax as in attention_triton.py, on a few programs for each multiprocessor, each of which goes
 through items of work. One warp fetches (see walk_hopper.py); two groups of four warps multiply 64 query rows each, so
 that one computes exponentials while the other has the matrix unit (Shah et al., "FlashAttention-3", 2024, section 3.1).
 They take no turns: held to an order by barriers they were 1 to 3 % slower. Within a group, the product with V of one
@@ -45,7 +45,7 @@ from distattn.kernels.walk_triton import (
     partial_range,
     slot_of,
 )
-from distattn.kernels.work import query_units, query_work
+from distattn.kernels.work import query_units, query_work, waves_of
 
 STAGES = gl.constexpr(2)  # pages of K, and of V, on their way
 QUERY_BUFFERS = gl.constexpr(2)  # query tiles
@@ -407,7 +407,7 @@ def forward(recording: Recording, table: TileTable, scale: float, resume: bool) 
     visits = work.visits
     for b in range(q.shape[0]):
         recording.launch(
-            _forward, (min(numbers, programs),),
+            _forward, (waves_of(numbers, programs),),
             rows_of(q, b, 64), *(rows_of(x, b, 128) for x in pages),
             out.at(b) if continued else rows_of(out, b, 64), lse.at(b), slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,

@@ -65,6 +65,19 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_max, 0)  # large blocks are cut from the heap too: mapped ones are given back when freed
 
 
+def prepare_nccl() -> None:
+    """How NCCL, and PyTorch's part of it, should behave in this process, where the environment does not say otherwise;
+    before a process group is made."""
+    settings = {
+        # Exchanges run beside kernels that fill the GPU: they come first when a multiprocessor is free.
+        "TORCH_NCCL_HIGH_PRIORITY": "1",
+        # What has failed is aborted, but does not end the process, which has an error to raise.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def join(
     rank: int,
     world_size: int,
@@ -93,8 +106,7 @@ def join(
     if kind == "cuda":
         device = torch.device("cuda", local_rank if gpu is None else gpu)
         torch.cuda.set_device(device)
-        # Exchanges run beside kernels that fill the GPU: their streams come first when a multiprocessor is free.
-        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        prepare_nccl()
     else:
         device = torch.device("cpu")
         keep_freed_memory()
@@ -103,8 +115,6 @@ def join(
         assert store is not None
         _assemble(store, rank, world_size, timeout)
         set_deadline(timeout)
-        # Of ProcessGroupNCCL: it aborts what has failed, and does not end the process, which has an error to raise.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         init_process_group(
             "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
             store=store,

@@ -41,6 +41,7 @@ from distattn.kernels.attention import Biases, Pages, attention_backward, attent
 from distattn.kernels.rows import Places, pack_rows, unpack_rows
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
+from distattn.launch.ranks import prepare_nccl
 from distattn.machine import DRAG, EXCHANGES, HOST, ChoiceSpeed, Curve, KernelSpeed, Machine
 from distattn.patterns import BlockSparse, Causal, GlobalKeys, Pattern, SlidingWindow
 from distattn.plan import Plan, make_plan
@@ -377,7 +378,7 @@ def measure_host(s: Setting, kernels: Sequence[KernelSpeed], mesh: Any) -> dict[
     def bring() -> None:
         exchange = Exchange(near.group_name, near.rank, Counter(), near.key)
         for transfer in stage.transfers:
-            exchange.bring(transfer, own, slots).wait()
+            exchange.bring("keys and values", transfer, own, slots).wait()
 
     found["exchange"] = median(bring, s, 20)[1]
     return found
@@ -530,6 +531,8 @@ def main() -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the launcher does
+        if cuda:
+            prepare_nccl()
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
         mesh = init_device_mesh(device.type, (world,))
     first = world == 1 or dist.get_rank() == 0

@@ -24,6 +24,7 @@ from torch import Tensor
 import distattn
 from distattn import reference
 from distattn.forecast import plan_peak_bytes, predict
+from distattn.launch.ranks import prepare_nccl
 from distattn.machine import Machine
 from distattn.operators import sent
 from distattn.plan import DEFAULT_MACHINE, Plan
@@ -34,6 +35,7 @@ OUTPUTS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # tolerance
 GRADIENTS = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # tolerance
 LONG = 10.0  # seconds: the timed steps of a contender end when they took as long, but not before there are...
 FEWEST = 3
+VERY_LONG, TWO = 4.0, 2  # seconds of one step, of which two will do
 
 
 SHOWN = {  # columns that are printed, and how wide
@@ -84,6 +86,7 @@ class Job:
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
+            prepare_nccl()
         backend, device_id = ("nccl", self.device) if on_gpu else ("gloo", None)
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -281,7 +284,7 @@ def measure(
     longest = max(job.largest([took for ((took, _),) in steps]))
     rounds = job.arguments.rounds
     if longest * rounds > LONG:
-        rounds = min(rounds, max(FEWEST, int(LONG / longest)))
+        rounds = min(rounds, max(TWO if longest > VERY_LONG else FEWEST, int(LONG / longest)))
     at_home: dict[int, list[float]] = {at: [] for at in recorded}
     for number in range(rounds):
         for at, timed in enumerate(contenders):
