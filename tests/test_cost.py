@@ -116,11 +116,11 @@ def test_ranks_that_exchange_heads_pay_for_each_tensor_once_and_attend_as_their_
 
 def test_heads_are_exchanged_within_nodes_and_keys_travel_between_them() -> None:
     pair = replace(H100, gpus_per_node=2)
-    plan = on_paper(presets.dense(), 1 << 17, 4, head_ranks=2, schedule="direct")
+    plan = on_paper(presets.dense(), 1 << 19, 4, head_ranks=2, schedule="direct")
     far = replace(pair, between_latency=1.0)
     # K and V, but neither q nor out.
     assert predict(plan, far).seconds - predict(plan, pair).seconds == pytest.approx(2.0, rel=0.05)
-    alone = on_paper(presets.dense(), 1 << 17, 2, head_ranks=2)
+    alone = on_paper(presets.dense(), 1 << 19, 2, head_ranks=2)
     assert predict(alone, far).seconds == predict(alone, pair).seconds
 
 
@@ -223,8 +223,9 @@ def test_job_plan_tells_of_several_numbers_of_ranks_and_what_was_assumed() -> No
     assert "each 2 ranks exchange heads" in run(by_heads, None)["report"]  # type: ignore[arg-type]
     for change, message in (
         ("job.world_sizes=[2,100000]", "100000 ranks are too many"),
+        ("layout.head_ranks=2", "expected a divisor of the number of ranks, 1"),
         ("cluster.gpus_per_node=0", "cluster.gpus_per_node is 0; expected at least 1"),
         ("job.machine=nothing", "machine is 'nothing'; expected"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(config_of(["job=plan", "seq_len=1048576", change]))
+            check(config_of(["job=plan", "seq_len=1048576", "attention=dense", change]))

@@ -27,7 +27,7 @@ def check(config: Config) -> None:
     """
     assert isinstance(config.job, PlanConfig)
     _machine(config)
-    for world_size in config.job.world_sizes:
+    for world_size in config.job.world_sizes or [config.cluster.world_size or 1]:
         check_ranks(config, world_size)
 
 
