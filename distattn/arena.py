@@ -11,8 +11,8 @@ from distattn import spans as sp
 from distattn.kernels.table import TileTable
 from distattn.layout import Layout
 from distattn.levels import OnDevices
-from distattn.messages import FEW_ROWS, Message, Transfer, join_runs, to_everyone
-from distattn.outline import Outline, count_rows, guest_pages
+from distattn.messages import Message, Transfer, join_runs, to_everyone
+from distattn.outline import Outline, guest_pages
 from distattn.spans import Bools, Ints, Spans
 from distattn.tiles import Extents, assemble
 
@@ -26,7 +26,6 @@ class Stage:
     table: what the rank's query tiles visit in this stage.
     kv_heads: the key/value heads that the stage is about; transfers and table count heads from the first of them.
     resumes: whether query tiles go on from what earlier stages made of them.
-    together: whether keys and values of pages are one message, and not each sent and received in place.
     """
 
     shared: Transfer | None
@@ -36,7 +35,6 @@ class Stage:
     table: TileTable
     kv_heads: range
     resumes: bool
-    together: bool
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:
@@ -149,15 +147,7 @@ class ArenaBuilder:
             kind = self._direct_kind if distance is None else "neighbours"
             transfer = Transfer(kind, tuple(sends), tuple(receives))
         table = self._table(extents, own, guest_pages, kv_heads)
-        return Stage(shared, transfer, base, guest_pages * self.blocks[1], table, kv_heads, bool(distance), self._few)
-
-    @cached_property
-    def _few(self) -> bool:
-        """Whether few rows come to any rank; the same answer on all ranks."""
-        pages = np.sum(
-            [len(heads) * count_rows(guests) for heads, guests in zip(self.kv_groups, self.guests, strict=True)], axis=0
-        )
-        return bool(pages.max(initial=0) * self.blocks[1] <= FEW_ROWS)
+        return Stage(shared, transfer, base, guest_pages * self.blocks[1], table, kv_heads, bool(distance))
 
     @cached_property
     def _direct_kind(self) -> str:

@@ -6,7 +6,7 @@ outline. Where a ring has more ranks and segments than are worth telling apart, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.layout import Layout
-from distattn.messages import FEW_ROWS
-from distattn.outline import Outline, count_rows, guest_pages, owned_pages
+from distattn.outline import Outline, guest_pages, owned_pages
 from distattn.spans import Bools, Ints, Spans
 
 Floats = NDArray[np.float64]
@@ -38,23 +37,13 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Routes:
-    """How pages travel; bool [ranks] each, and together: keys and values as one message.
+    """How pages travel; bool [ranks] each.
 
-    packs: what a rank sends does not lie in one piece for each who gets it, so that it is packed. joins: it sends to
-    several, whose pieces a collective wants in one tensor. joins_home: it takes from several. unpacks: what comes does
-    not belong in one piece.
+    joins: a rank sends to several, whose pieces a collective wants in one tensor. joins_home: it takes from several.
     """
 
-    packs: Bools
     joins: Bools
     joins_home: Bools
-    unpacks: Bools
-    together: bool
-
-    @property
-    def messages(self) -> int:
-        """How many travel: keys and values are one, or two."""
-        return 1 if self.together else 2
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ class _View:
                 sent / slices,
                 received / slices,
                 room + gathered,
-                routes if slices == 1 else replace(routes, packs=np.ones(self.world, np.bool_)),
+                routes,
                 (self.shared * self.kv_heads / slices, len(self.outline.sharing.keys) * self.kv_heads / slices),
                 of(~reaches),
                 of(reaches),
@@ -160,7 +149,7 @@ class _View:
         gathered, keys = self._gathered(), float(len(self.outline.sharing.keys))
         nothing = np.zeros(self.world)
         none = np.zeros(self.world, np.bool_)
-        routes = replace(self._routes()[0], joins=none, joins_home=none)
+        routes = Routes(none, none)
         empty = Tiles(nothing, nothing, nothing)
         here = Tiles(visits[:, 0] + gathered.visits, rows[:, 0], masked[:, 0] + gathered.masked)
         room = np.full(self.world, -(-keys // self.block) * self.block)
@@ -245,52 +234,19 @@ class _View:
 
     def _routes(self) -> tuple[Routes, bool]:
         """How pages travel between ranks, and whether nobody has guests of more than two others, nor gives to more."""
-        several_groups = np.full(self.world, len(self.groups) > 1)
-        pieces = self._pieces()
-        if pieces is None:
-            yes = np.ones(self.world, np.bool_)
-            return Routes(yes, yes, yes, several_groups | self._together, self._together), False
-        # Pieces of one journey that follow one another in the giver's rows are one.
-        order = np.lexsort((pieces[2], pieces[1], pieces[0]))
-        taker, giver, first, stop = (x[order] for x in pieces)
-        journey = taker * self.world + giver
-        new = np.ones(len(journey), np.bool_)
-        new[1:] = journey[1:] != journey[:-1]
-        broken = ~new
-        broken[1:] &= first[1:] != stop[:-1]
-        packs = np.bincount(giver, broken, self.world) > 0
-        gives, takes = (np.bincount(x[new], minlength=self.world) for x in (giver, taker))
-        few = bool(max(gives.max(), takes.max()) <= 2)
-        together = self._together
-        return Routes(packs | several_groups | together, gives > 1, takes > 1, several_groups | together, together), few
-
-    @property
-    def _together(self) -> bool:
-        """Whether keys and values of pages travel as one message; see ``messages.FEW_ROWS``."""
-        pages = np.sum([len(heads) * count_rows(guests) for heads, guests in self.groups], axis=0)
-        return bool(pages.max(initial=0) * self.block <= FEW_ROWS)
-
-    def _pieces(self) -> tuple[Ints, Ints, Ints, Ints] | None:
-        """Guests as pieces of segments: who takes, who gives, and where a piece begins and ends in the giver's pages.
-        None where there are too many to look at."""
         start, stop = self.layout.start // self.block, -(-self.layout.stop // self.block)
-        before = np.zeros(len(start), np.int64)  # pages of the owner before each of its segments
-        order = np.argsort(self.layout.owner, kind="stable")
-        size, owner = (stop - start)[order], self.layout.owner[order]
-        inside = np.cumsum(size) - size
-        before[order] = inside - inside[np.searchsorted(owner, owner)]
-        parts = []
+        journeys = []
         for _, guests in self.groups:
             low = np.searchsorted(stop, guests.start, side="right")
             count = np.searchsorted(start, guests.stop, side="left") - low
-            if count.sum() > _MOST:
-                return None
-            which, segment = np.repeat(np.arange(len(count)), count), sp.concat_ranges(low, count)
-            first = np.maximum(guests.start[which], start[segment]) - start[segment] + before[segment]
-            last = np.minimum(guests.stop[which], stop[segment]) - start[segment] + before[segment]
-            parts.append((guests.row_of()[which], self.layout.owner[segment], first, last))
-        taker, giver, first, last = (np.concatenate(x) for x in zip(*parts, strict=True))
-        return taker, giver, first, last
+            if count.sum() > _MOST:  # too many to look at
+                yes = np.ones(self.world, np.bool_)
+                return Routes(yes, yes), False
+            giver = self.layout.owner[sp.concat_ranges(low, count)]
+            journeys.append(np.unique(np.repeat(guests.row_of(), count) * self.world + giver))
+        taker, giver = np.divmod(np.unique(np.concatenate(journeys)), self.world)
+        gives, takes = (np.bincount(x, minlength=self.world) for x in (giver, taker))
+        return Routes(gives > 1, takes > 1), bool(max(gives.max(), takes.max()) <= 2)
 
 
 def _floats(x: NDArray[Any]) -> Floats:

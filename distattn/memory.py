@@ -77,12 +77,8 @@ class _Held:
             self.exchange(f"{name} shared", 0.0, (every - shared) * row, shared * (self.world - 1) * row, True)
         if load.distance != 0:
             routes = load.routes
-            if home:  # sent as it lies unless together, and added when all has come
-                packed = routes.together * load.received * row
-                self.exchange(name, packed, load.received * row, load.sent * row, routes.joins_home)
-            else:
-                packed, come = routes.packs * load.sent * row, routes.unpacks * load.received * row
-                self.exchange(name, packed, load.sent * row, come, routes.joins)
+            sent, come = (load.received, load.sent) if home else (load.sent, load.received)
+            self.exchange(name, sent * row, sent * row, come * row, routes.joins_home if home else routes.joins)
 
     def exchange(
         self, name: str, packed: Floats | float, sent: Floats | float, received: Floats | float, joins: Bools | bool

@@ -12,10 +12,6 @@ from distattn.kernels.rows import Places
 
 Ints = NDArray[np.int64]
 
-FEW_ROWS = 1 << 17
-"""Where at most so many rows of one key/value head come to any rank, keys and values travel as one message: a message
-more takes longer than packing both. (64 MiB of heads of 128 in 16 bits; to start one takes a CPU about 0.15 ms.)"""
-
 
 @dataclass(frozen=True, eq=False)
 class Message:

@@ -264,10 +264,10 @@ class Pass:
                 pending = self._bring(stages[number + 1], own, slots[(number + 1) % 2], " again")
             # Guests' gradients before the others: they go home while the other tiles are computed.
             run(table=stage.with_guests)
-            going = [self._take_home(stage.pages, d_guests, d_mine, stage.together)]
+            going = [self._take_home("keys and values", stage.pages, d_guests, d_mine)]
             if not first:
                 run(table=stage.alone)
-            going.append(self._take_home(stage.shared, d_guests, d_mine, True))
+            going.append(self._take_home("global keys and values", stage.shared, d_guests, d_mine))
             for part in homeward:  # those of the stage before have come meanwhile
                 part.wait()
             homeward = [*going, *([Pending(partial(_add, d_own, d_mine, stage.kv_heads))] if sliced else [])]
@@ -357,33 +357,19 @@ class Pass:
         """Gathered keys, and pages of other ranks."""
         mine, guests = _of_heads(own, stage.kv_heads), slot.of_stage(stage)
 
-        def start(transfer: Transfer | None, of: str, together: bool) -> Pending:
-            if transfer is None:
-                return Pending()
-            if together:
-                return self.exchange.bring(f"{of}keys and values{again}", transfer, mine, guests)
-            # One by one: what lies in one piece is sent and received in place.
-            names = (f"{of}keys{again}", f"{of}values{again}")
-            return Pending.all(
-                self.exchange.bring(what, transfer, [x], [to]) for what, x, to in zip(names, mine, guests, strict=True)
-            )
+        def start(what: str, transfer: Transfer | None) -> Pending:
+            # Keys and values as one message: a second one would wait for multiprocessors behind the tiles, and its
+            # peer, which may have started, with it.
+            return self.exchange.bring(f"{what}{again}", transfer, mine, guests) if transfer else Pending()
 
-        return start(stage.shared, "global ", True), start(stage.pages, "", stage.together)
+        return start("global keys and values", stage.shared), start("keys and values", stage.pages)
 
-    def _take_home(self, transfer: Transfer | None, d_guests: Pages, d_own: Pages, together: bool) -> Pending:
-        if transfer is None:
-            return Pending()
+    def _take_home(self, what: str, transfer: Transfer | None, d_guests: Pages, d_own: Pages) -> Pending:
+        def receive(message: Message, rows: list[Tensor]) -> None:
+            for total, returned in zip(d_own, rows, strict=True):
+                add_rows(total, message.places, returned)
 
-        def one(what: str, guests: Sequence[Tensor], totals: Sequence[Tensor]) -> Pending:
-            def receive(message: Message, rows: list[Tensor]) -> None:
-                for total, returned in zip(totals, rows, strict=True):
-                    add_rows(total, message.places, returned)
-
-            return self.exchange.take_home(f"gradients of {what}", transfer, guests, receive)
-
-        if together:
-            return one("keys and values", d_guests, d_own)
-        return Pending.all(one(what, [x], [y]) for what, x, y in zip(("keys", "values"), d_guests, d_own, strict=True))
+        return self.exchange.take_home(f"gradients of {what}", transfer, d_guests, receive) if transfer else Pending()
 
     def _attend_guest_queries(
         self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float

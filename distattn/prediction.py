@@ -63,15 +63,15 @@ class _Run:
         done = none
         if load.distance != 0:
             routes, out = load.routes, load.sent * row_bytes
-            self.time.copy(2 * routes.packs * out, pack=True, launches=routes.messages)
-            self.time.copy(2 * routes.joins * out, launches=routes.messages)
+            self.time.copy(2 * out, pack=True)
+            self.time.copy(2 * routes.joins * out)
             done = self._travel_pages(load, row_bytes)
-        return [(first, none + all_shared * row_bytes), (done, load.routes.unpacks * load.received * row_bytes)]
+        return [(first, none + all_shared * row_bytes), (done, load.received * row_bytes)]
 
     def _travel_pages(self, load: Load, row_bytes: float) -> Floats:
         most = np.maximum(load.sent, load.received) * row_bytes
         abroad = self.abroad if load.kind == "all_to_all" else 1.0
-        return self.time.start(load.kind, most, load.distance, abroad, load.routes.messages)
+        return self.time.start(load.kind, most, load.distance, abroad)
 
     def arrive(self, started: tuple[Floats, Floats]) -> None:
         done, nbytes = started
@@ -355,9 +355,8 @@ class _Run:
         if self.world == 1 or load.distance == 0:
             return np.zeros(self.world), np.zeros(self.world)
         row = self.dim * self.wide
-        routes = load.routes
-        self.time.copy(2 * routes.together * load.received * row, pack=True)
-        self.time.copy(2 * routes.joins_home * load.received * row, launches=routes.messages)
+        self.time.copy(2 * load.received * row, pack=True)
+        self.time.copy(2 * load.routes.joins_home * load.received * row)
         return self._travel_pages(load, row), load.sent * row
 
     def _send_shared_home(self, load: Load) -> tuple[Floats, Floats]:

@@ -407,7 +407,7 @@ def forward(recording: Recording, table: TileTable, scale: float, resume: bool) 
     visits = work.visits
     for b in range(q.shape[0]):
         recording.launch(
-            _forward, (waves_of(numbers, programs),),
+            _forward, (waves_of(work, numbers, programs),),
             rows_of(q, b, 64), *(rows_of(x, b, 128) for x in pages),
             out.at(b) if continued else rows_of(out, b, 64), lse.at(b), slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,

@@ -76,7 +76,7 @@ def backward(recording: Recording, table: TileTable, scale: float) -> None:
         )  # fmt: skip
         rows = [rows_of(x, b, 64) for x in inputs]
         recording.launch(
-            grad_queries, (waves_of(numbers, programs),),
+            grad_queries, (waves_of(by_query, numbers, programs),),
             *rows, start_lse, start_delta, dq.at(b) if add_queries else rows_of(dq, b, 64), slots,
             by_query.items, by_query.item_ptr, units, *by_query.visits,
             tokens, table.own_pages, table.tiles, by_query.most, numbers, padded, scale * LOG2_E.value, *heads_apart,

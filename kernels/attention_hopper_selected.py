@@ -458,7 +458,7 @@ def forward(recording: Recording, table: SelectedTable, scale: float, resume: bo
     pages = visits.part_other if table.has_masks else visits.full_first
     for b in range(q.shape[0]):
         recording.launch(
-            _forward, (waves_of(numbers, programs),),
+            _forward, (waves_of(work, numbers, programs),),
             rows_of(q, b, 64), *(rows_of(x, b, rows, 64) for x in there), *(x.at(b) for x in biases),
             out.at(b), lse.at(b), slot_out, slot_lse, work.items, work.item_ptr, units, pages, visits.part_mask,
             visits.masks, tokens, k.shape[1], table.own_pages, table.tiles, work.most, numbers,

@@ -179,6 +179,7 @@ class SelectedTable(Tiling):
             split_ptr=there(split_ptr),
             most_split=cuts,
             one_table=False,  # how many items there are, only item_ptr tells
+            mean=entries / (rows_of_table + cuts),
         )
 
     @cached_property

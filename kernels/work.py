@@ -61,6 +61,7 @@ class Work:
         to be added up.
     split_ptr: int32 [tables + 1]; most_split: the largest number of such rows of a table.
     one_table: there is one table, and it has ``most`` items.
+    mean: visits of an item, about.
     """
 
     visits: Visits
@@ -72,6 +73,7 @@ class Work:
     split_ptr: Tensor
     most_split: int
     one_table: bool
+    mean: float
 
 
 def query_work(table: AnyTable, device: torch.device, programs: int) -> Work:
@@ -134,6 +136,7 @@ def _make(
         there(split_ptr),
         int(np.diff(split_ptr).max(initial=0)),
         table.tables == 1,
+        float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1),
     )
 
 
@@ -196,17 +199,18 @@ def make_items(
     return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
 
 
-_WAVES, _FEWEST = 8, 16
+_WAVES, _FEWEST = 8, 256
 
 
-def waves_of(numbers: int, programs: int) -> int:
+def waves_of(work: Work, numbers: int, programs: int) -> int:
     """Programs that go through ``numbers`` items on a chip that runs ``programs`` at once, one wave after the other.
 
     In one wave each program would have its share from the start, and wait with it for as long as an exchange has its
     multiprocessor, which may wait for a peer: seen on two H100s, a launch of 23 ms took 39. Of several waves the others
-    take more meanwhile. A program has _FEWEST items at least, for which its start is little.
+    take more meanwhile. A program has _FEWEST visits at least, for which its start is little.
     """
-    return min(numbers, programs * max(1, min(_WAVES, numbers // (programs * _FEWEST))))
+    visits = numbers * work.mean
+    return min(numbers, programs * max(1, min(_WAVES, int(visits / (programs * _FEWEST)))))
 
 
 def longest_piece(even: float) -> int:

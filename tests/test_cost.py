@@ -89,14 +89,14 @@ def test_a_slow_network_is_what_binds_and_a_backward_pass_takes_longer() -> None
 def test_a_ring_pays_for_every_stage_what_a_direct_plan_pays_once() -> None:
     late = with_exchanges(1.0, latency=0.1)
     took = {name: seconds(presets.dense(), 1 << 16, 8, late, schedule=name)[0] for name in ("direct", "ring")}
-    # K and V, of seven others or at once.
-    assert took["ring"] - took["direct"] == pytest.approx(2 * 0.6, rel=0.1)
+    # Of seven others or at once.
+    assert took["ring"] - took["direct"] == pytest.approx(0.6, rel=0.1)
 
 
 def test_stages_of_many_ranks_that_are_alike_are_not_gone_through_one_by_one() -> None:
     many = seconds(presets.dense(), 1 << 21, 1024, schedule="ring", layout="zigzag")
     late = seconds(presets.dense(), 1 << 21, 1024, with_exchanges(1.0, latency=0.1), schedule="ring", layout="zigzag")
-    assert late[0] - many[0] == pytest.approx(2 * 102.3, rel=0.05)
+    assert late[0] - many[0] == pytest.approx(102.3, rel=0.05)
 
 
 def test_ranks_that_exchange_heads_pay_for_each_tensor_once_and_attend_as_their_plans_do() -> None:
