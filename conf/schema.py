@@ -92,6 +92,7 @@ class LayoutConfig:
     schedule: str = "auto"
     block_q: int = 128
     block_k: int = 128
+    head_ranks: int = 1
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 from distattn import operators
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
+from distattn.heads import HeadsPlan
 from distattn.plan import Plan
 from distattn.selection import choose, summary_table
 from distattn.summaries import buffer_of, make_summaries, pool_own
@@ -109,11 +110,13 @@ def attend(
         operators.refuse(plan, why)
         raise ConfigError(why)
     scale = plan.head_dim**-0.5 if scale is None else scale
-    if plan.spec.is_static:
-        out, lse = _run(q, k, v, plan, scale)
+    lse: Tensor | None
+    if isinstance(plan, HeadsPlan):
+        out, lse = _by_heads(q, k, v, plan, scale, return_lse)
+    elif plan.spec.is_static:
+        out, lse = _static(q, k, v, plan, scale)
     else:
         out, lse, selection = _hierarchical(q, k, v, plan, scale, extras, selection)
-    if plan.correction is not None:
         out = _corrected(out, q, k, v, plan, scale)
     asked = [x for x, wanted in ((lse, return_lse), (selection, return_selection)) if wanted]
     return (out, *asked) if asked else out
@@ -154,6 +157,22 @@ def _run(
     return out, lse
 
 
+def _static(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """By a spec that has a pattern, and perhaps a correction."""
+    out, lse = _run(q, k, v, plan, scale)
+    return _corrected(out, q, k, v, plan, scale), lse
+
+
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, plan: HeadsPlan, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    (q,), (k, v) = torch.ops.distattn.exchange_heads([q], [k, v], plan.name)
+    out, lse = _static(q, k, v, plan.inner, scale)
+    results = [out, lse.unsqueeze(-1)] if return_lse else [out]
+    (out, *asked), _ = torch.ops.distattn.return_heads(results, [], plan.name)
+    return out, asked[0].squeeze(-1) if asked else None
+
+
 def _hierarchical(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, extras: AttentionExtras, selection: Selection | None
 ) -> tuple[Tensor, Tensor, Selection | None]:
@@ -186,7 +205,9 @@ def _hierarchical(
 
 
 def _corrected(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-    """Adds to rows what dense attention adds to the first row of each run of ``every``; see :class:`Delta`."""
+    """Adds to rows what dense attention adds to the first row of each run of ``every``, if the spec has a Delta."""
+    if plan.spec.correction is None:
+        return out
     assert plan.correction is not None
     dense = _run(q, k, v, plan.correction, scale)[0]
     wide = torch.promote_types(out.dtype, torch.float32)

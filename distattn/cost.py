@@ -79,11 +79,13 @@ class Prediction:
 class Timeline:
     """A pass of all ranks, as it goes on.
 
+    group: so many ranks in a row take part in each collective; default: all.
+
     now: float64 [ranks], when the stream of kernels is done with what was given to it. line: the same of exchanges.
     """
 
-    def __init__(self, machine: Machine, world_size: int) -> None:
-        self.machine, self.world_size = machine, world_size
+    def __init__(self, machine: Machine, world_size: int, group: int | None = None) -> None:
+        self.machine, self.world_size, self.group = machine, world_size, group or world_size
         self.now, self.line = np.zeros((2, world_size))
         self._compute, self._copies, self._exchange, self._exposed, self._host = np.zeros((5, world_size))
 
@@ -119,14 +121,24 @@ class Timeline:
             peers = np.maximum(np.roll(begin, step), np.roll(begin, -step))
             begin = np.where(nbytes > 0, np.maximum(begin, peers), begin)
         else:
-            begin = np.full_like(begin, begin.max())
-        seconds = messages * self.machine.travels(kind, nbytes / messages, self.world_size, abroad)
+            begin = self._latest(begin)
+        seconds = messages * self.machine.travels(kind, nbytes / messages, self.group, abroad)
         if kind != "neighbours":
-            seconds = np.full_like(seconds, seconds.max())
+            seconds = self._latest(seconds)
         self.line = begin + seconds
         self._exchange += seconds
         self._host += messages * self.machine.host["exchange"]
         return self.line
+
+    def _latest(self, seconds: Floats) -> Floats:
+        """Of all who take part."""
+        return np.asarray(seconds.reshape(-1, self.group).max(axis=1).repeat(self.group))
+
+    def within(self, part: Prediction) -> None:
+        """A whole pass, of which nothing is under way at its end."""
+        self.now = self.now + part.total
+        for x, y in zip(self._sums, (part.compute, part.copies, part.exchange, part.exposed, part.host), strict=True):
+            x += y
 
     def wait(self, done: Floats) -> None:
         """Until something that was started is done."""

@@ -131,7 +131,7 @@ class Exchange:
             what: as in :meth:`bring`.
             guests: tensors [batch, guest rows, heads, dim] of one dtype, such as gradients of guest K and V.
             receive: called once for each message that this rank had sent (in the order of peers), with that message and
-                the returned rows of each tensor, [batch, rows, heads, dim].
+                the returned rows of each tensor, [batch, rows, heads, dim], which it may not write to.
         """
         outgoing = transfer.receives
         incoming = _as_sent(transfer, self.world_size)
@@ -142,7 +142,7 @@ class Exchange:
         def deliver(got: dict[int, Tensor]) -> None:
             for message in incoming:
                 if message.peer == self.rank:
-                    flat = torch.cat([pack_rows(guests, m.places) for m in mine])
+                    flat = _joined([_flat(guests, m) for m in mine])
                 else:
                     size = message.count * len(message.kv_heads) * _width(guests)
                     flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
@@ -290,7 +290,11 @@ def _by_peer(messages: Sequence[Message], rank: int, pack: Callable[[Message], T
     for message in messages:
         if message.peer != rank:
             parts.setdefault(message.peer, []).append(pack(message))
-    return {peer: x[0] if len(x) == 1 else torch.cat(x) for peer, x in parts.items()}
+    return {peer: _joined(x) for peer, x in parts.items()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def _sizes(messages: Sequence[Message], rank: int, tensors: Sequence[Tensor]) -> dict[int, int]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from distattn.cost import Prediction, Work
+from distattn.forecast import plan_peak_bytes, predict
+from distattn.heads import HeadsPlan
 from distattn.kernels.attention import choose_by_shape
-from distattn.machine import Floats, Machine
-from distattn.memory import peak_bytes
-from distattn.prediction import assumptions, predict
-from distattn.task import Task
+from distattn.machine import Machine
+from distattn.prediction import assumptions
 
 if TYPE_CHECKING:
     from distattn.plan import Plan
@@ -54,7 +53,9 @@ def explain(plan: Plan, itemsize: int, machine: Machine) -> str:
     mean = sum(w.flops for w in work) / plan.world_size
     text = [
         plan.spec.text if len(plan.spec.text) < 400 else f"{plan.spec.text[:397]}...",
-        f"{plan.seq_len:,} tokens on {plan.world_size:,} ranks, layout {plan.layout.name}, schedule {plan.schedule}, "
+        f"{plan.seq_len:,} tokens on {plan.world_size:,} ranks, "
+        + (f"of which each {len(plan.plans)} exchange heads, " if isinstance(plan, HeadsPlan) else "")
+        + f"layout {plan.layout.name}, schedule {plan.schedule}, "
         f"{plan.heads} query and {plan.kv_heads} key/value heads of {plan.head_dim}, "
         f"tiles of {plan.block_q} x {plan.block_k}",
         "",
@@ -74,17 +75,6 @@ def explain(plan: Plan, itemsize: int, machine: Machine) -> str:
     if 1 < plan.world_size <= _STAGES_SHOWN:
         text += ["", *_stages(plan, itemsize)]
     return "\n".join(text)
-
-
-def plan_peak_bytes(plan: Plan, itemsize: int, *, backward: bool) -> Floats:
-    """As :func:`peak_bytes`, with what corrects the result."""
-    most = peak_bytes(Task.of(plan, itemsize), backward=backward)
-    if plan.correction is None:
-        return most
-    # The result waits while dense rows are attended; then there are both, what was added, and their sum.
-    result = plan.layout.tokens() * float(plan.heads * plan.value_dim)
-    dense = peak_bytes(Task.of(plan.correction, itemsize), backward=backward) + result * itemsize
-    return np.maximum(most, np.maximum(dense, most + result * (itemsize + 4 * max(itemsize, 4))))
 
 
 def _shown(time: Prediction) -> list[int]:
@@ -125,6 +115,9 @@ def _row(rank: int, tokens: int, work: Work, peaks: Sequence[float], time: Predi
 
 
 def _stages(plan: Plan, itemsize: int) -> list[str]:
+    said = f"Stages of rank {plan.rank}"
+    if isinstance(plan, HeadsPlan):
+        said, plan = f"{said}, among the ranks that have its heads", plan.inner
     row_bytes = itemsize * (plan.head_dim + plan.value_dim)
     rows = []
     for number, stage in enumerate(plan.stages):
@@ -135,8 +128,7 @@ def _stages(plan: Plan, itemsize: int) -> list[str]:
         tiles = (visits.full_pages + visits.part_pages).reshape(visits.tables, -1).sum(axis=1)
         total = int((visits.heads_by_table * tiles).sum())
         rows.append((str(number), kinds, f"{sent / 1e6:,.2f}", f"{received / 1e6:,.2f}", f"{total:,}"))
-    lines = [f"Stages of rank {plan.rank}:"]
-    return lines + table(("stage", "exchange", "sent MB", "received MB", "tiles"), rows)
+    return [f"{said}:"] + table(("stage", "exchange", "sent MB", "received MB", "tiles"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -71,6 +71,36 @@ class Layout:
         segment = np.searchsorted(start, positions, side="right") - 1
         return np.asarray((np.cumsum(size) - size)[segment] + positions - start[segment])
 
+    def divided(self, parts: int) -> Layout:
+        """Each rank's rows cut into equal runs, to within one unit: those of rank r for ranks r * parts and following.
+
+        For 2 ranks, zigzag and 2 parts: 0000111111110000 becomes 0000222233331111.
+        """
+        owner = self.owners(self.unit)
+        count = np.bincount(owner, minlength=self.world_size)
+        order = np.argsort(owner, kind="stable")
+        nth = np.empty_like(owner)  # of its owner's units
+        nth[order] = np.arange(len(owner)) - (np.cumsum(count) - count)[owner[order]]
+        part = nth * parts // count[owner]
+        return _of_units(self.name, self.seq_len, self.world_size * parts, self.unit, owner * parts + part)
+
+    def joined(self, parts: int) -> Layout:
+        """The layout of which :meth:`divided` made this one.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        whole = None
+        if self.world_size % parts == 0:
+            owner = self.owners(self.unit) // parts
+            whole = _of_units(self.name, self.seq_len, self.world_size // parts, self.unit, owner)
+        if whole is None or not np.array_equal(whole.divided(parts).owners(self.unit), self.owners(self.unit)):
+            raise ConfigError(
+                f"layout is {self.name!r} for {self.world_size} ranks, not one whose shards are divided among {parts} "
+                "each; expected that of a plan on such a mesh, or a name"
+            )
+        return whole
+
 
 def make_layout(name: str, seq_len: int, world_size: int, unit: int, work: Ints | None = None) -> Layout:
     """The layout of a name.
@@ -103,9 +133,14 @@ def make_layout(name: str, seq_len: int, world_size: int, unit: int, work: Ints 
         owner = _balanced(work, world_size)
     else:
         raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)} or auto, got {name!r}")
+    return _of_units(name, seq_len, world_size, unit, owner)
+
+
+def _of_units(name: str, seq_len: int, world_size: int, unit: int, owner: Ints) -> Layout:
+    """The layout in which each unit of the sequence has this owner."""
     edges = np.flatnonzero(np.diff(owner)) + 1
     first = np.concatenate((np.zeros(1, np.int64), edges))
-    last = np.append(edges, units)
+    last = np.append(edges, len(owner))
     return Layout(
         name, seq_len, world_size, unit, first * unit, np.minimum(last * unit, seq_len), owner[first].astype(np.int64)
     )

@@ -150,8 +150,8 @@ class _Held:
             ledger.hold(part=part, total=mine)
             if self.world > 1:
                 self.exchange("home", part - mine, part - mine, part - mine, self.world > 2)
-            # The rank's own rows, packed and put together, and what merging makes of them.
-            ledger.hold(mine=3 * mine)
+            # The rank's own rows, packed, and what merging makes of them.
+            ledger.hold(mine=2 * mine)
             ledger.drop("part", "total", "home", "mine")
         if (more or self.task.resumes) and self.size != self.wide:
             ledger.hold(result=self.outputs * self.size)

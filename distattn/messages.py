@@ -18,7 +18,7 @@ class Message:
     """Rows that travel between this rank and a peer.
 
     peer: a rank; this rank itself for rows that only move into the guest buffer.
-    kv_heads: the key/value heads that travel, as indices; all query heads where queries travel.
+    kv_heads: the key/value heads that travel, as indices; query heads where queries travel.
     rows: int64 [runs, 2], runs (first, stop) of rows: of the rank's own tokens where it sends, of the
         guest buffer where it receives.
     """

@@ -1,24 +1,27 @@
 """What ranks do together, as torch operators: they can be differentiated, compiled, and found by their plan's name.
 
 ``attend`` runs a pass over a plan. ``gather_rows`` brings a rank's rows to all ranks; their gradients go home, and are
-summed up there in float32.
+summed up there in float32. ``exchange_heads`` and ``return_heads`` are each other's backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distattn.agreement import Agreement
+from distattn.errors import DistattnError
 from distattn.exchange import Counter, Exchange, Pending
+from distattn.heads import HeadsPlan
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype
 from distattn.kernels.rows import add_rows, gate, gate_backward
 from distattn.kernels.selected import AnyTable, SelectedTable
-from distattn.messages import Transfer
+from distattn.messages import Message, Transfer
 from distattn.passes import Kept, Pass, Source
 from distattn.plan import Plan, plans
 
@@ -29,9 +32,15 @@ sent = Counter()
 
 def agree(plan: Plan, batch: int, dtype: torch.dtype) -> None:
     """Returns when all ranks are about to run this plan on such tensors; see :class:`Agreement`."""
-    if plan.group_name is not None:
-        shape = f"{plan.seq_len} tokens, {plan.heads}/{plan.kv_heads} heads of {plan.head_dim}/{plan.value_dim}"
-        _agreement.seek(plan.group_name, f"plan {plan.key} ({shape}), batch {batch}, {dtype}")
+    shape = f"{plan.seq_len} tokens, {plan.heads}/{plan.kv_heads} heads of {plan.head_dim}/{plan.value_dim}"
+    for name in plan.group_names:
+        try:
+            _agreement.seek(name, f"plan {plan.key} ({shape}), batch {batch}, {dtype}")
+        except DistattnError as error:
+            for other in plan.group_names:
+                if other != name:  # who is not in this group would wait in vain
+                    _agreement.refuse(other, str(error))
+            raise
 
 
 def agree_on(group_name: str, what: str) -> None:
@@ -46,8 +55,9 @@ def refuse_in(group_name: str, why: str) -> None:
 
 def refuse(plan: Plan, why: str) -> None:
     """Tells the other ranks that this one is about to raise."""
-    if plan.group_name is not None and not torch.compiler.is_compiling():
-        _agreement.refuse(plan.group_name, why)
+    if not torch.compiler.is_compiling():
+        for name in plan.group_names:
+            _agreement.refuse(name, why)
 
 
 # What was begun before its operator is called, by plan, by what it is, and by the place of its tensors.
@@ -329,3 +339,109 @@ def _differentiate_gather(ctx, grads):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("distattn::gather_rows", _differentiate_gather, setup_context=_save_gather)
+
+torch.library.define(
+    "distattn::exchange_heads", "(Tensor[] queries, Tensor[] keys, str plan) -> (Tensor[], Tensor[])", tags=_TAG
+)
+torch.library.define(
+    "distattn::return_heads", "(Tensor[] queries, Tensor[] keys, str plan) -> (Tensor[], Tensor[])", tags=_TAG
+)
+
+
+def _heads_plan(name: str) -> HeadsPlan:
+    plan = plans[name]
+    assert isinstance(plan, HeadsPlan)
+    return plan
+
+
+def _transfers(plan: HeadsPlan, queries: int, keys: int, gradients: bool) -> list[tuple[str, Transfer]]:
+    """What each tensor is, and how it travels: q, k and v, or without keys out and perhaps lse; or their gradients."""
+    names = ("queries", "keys", "values") if keys else ("results", "log-sum-exps")
+    transfers = [plan.queries] * queries + [plan.keys] * keys
+    of = "gradients of " if gradients else ""
+    return [(f"{of}{name} of heads", transfer) for name, transfer in zip(names, transfers, strict=False)]
+
+
+def _empty_heads(queries: list[Tensor], keys: list[Tensor], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+    """Room for the rows and heads of a plan."""
+
+    def room(tensors: list[Tensor], heads: int) -> list[Tensor]:
+        return [x.new_empty((x.shape[0], plan.tokens, heads, x.shape[3])) for x in tensors]
+
+    return room(queries, plan.heads), room(keys, plan.kv_heads)
+
+
+@torch.library.impl("distattn::exchange_heads", "default")
+def _exchange_heads(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's heads of all rows of its shard, [batch, plan.inner.tokens, heads of the inner plan, dim].
+
+    queries: [batch, plan.tokens, plan.heads, dim], and keys with plan.kv_heads: q, and k and v; or the gradients of out
+    and perhaps of lse, and none. They travel one by one, so that each can be received where it belongs.
+    """
+    plan = _heads_plan(name)
+    agree(plan, queries[0].shape[0], queries[0].dtype)
+    exchange = Exchange(plan.group_name, plan.head_rank, sent, plan.key)
+    found = _empty_heads(queries, keys, plan.inner)
+    how = _transfers(plan, len(queries), len(keys), gradients=not keys)
+    parts = zip(how, (*queries, *keys), (*found[0], *found[1]), strict=True)
+    Pending.all([exchange.bring(what, transfer, [x], [y]) for (what, transfer), x, y in parts]).wait()
+    return found
+
+
+@torch.library.register_fake("distattn::exchange_heads")
+def _exchange_heads_fake(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
+    return _empty_heads(queries, keys, _heads_plan(name).inner)
+
+
+@torch.library.impl("distattn::return_heads", "default")
+def _return_heads(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The reverse of ``exchange_heads``: all heads of this rank's own rows.
+
+    queries: out, and perhaps lse; or, with keys, the gradients of q, and of k and v. Where several ranks had a
+    key/value head, what they return is summed up in the accumulator's dtype.
+    """
+    plan = _heads_plan(name)
+    exchange = Exchange(plan.group_name, plan.head_rank, sent, plan.key)
+    found, like = _empty_heads(queries, keys, plan)
+    sums = [torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in like]
+
+    def place(x: Tensor, message: Message, rows: list[Tensor]) -> None:
+        x[:, :, message.kv_heads[0] : message.kv_heads[-1] + 1] = rows[0]
+
+    def add(x: Tensor, message: Message, rows: list[Tensor]) -> None:
+        x[:, :, message.kv_heads[0] : message.kv_heads[-1] + 1] += rows[0]
+
+    receive = [*(partial(place, x) for x in found), *(partial(add, x) for x in sums)]
+    how = _transfers(plan, len(queries), len(keys), gradients=bool(keys))
+    parts = zip(how, (*queries, *keys), receive, strict=True)
+    Pending.all([exchange.take_home(what, transfer, [x], to) for (what, transfer), x, to in parts]).wait()
+    return found, [x.to(of.dtype) for x, of in zip(sums, like, strict=True)]
+
+
+@torch.library.register_fake("distattn::return_heads")
+def _return_heads_fake(queries: list[Tensor], keys: list[Tensor], name: str) -> tuple[list[Tensor], list[Tensor]]:
+    return _empty_heads(queries, keys, _heads_plan(name))
+
+
+def _save_heads(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.plan = plans[inputs[2]]
+    ctx.shapes = [[(x.shape, x.dtype, x.device) for x in some] for some in output]
+
+
+def _differentiate_heads(reverse, ctx, *grads):  # type: ignore[no-untyped-def]
+    given = [
+        [
+            torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+            for g, (shape, dtype, device) in zip(some or [None] * len(shapes), shapes, strict=True)
+        ]
+        for some, shapes in zip(grads, ctx.shapes, strict=True)
+    ]
+    return *reverse(*given, ctx.plan.name), None
+
+
+for _name, _reverse in (("exchange_heads", "return_heads"), ("return_heads", "exchange_heads")):
+    torch.library.register_autograd(
+        f"distattn::{_name}",
+        partial(_differentiate_heads, getattr(torch.ops.distattn, _reverse)),
+        setup_context=_save_heads,
+    )

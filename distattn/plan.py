@@ -91,9 +91,14 @@ class Plan(OnDevices):
     key: str
 
     @property
+    def group_names(self) -> tuple[str, ...]:
+        """All process groups that exchanges go through."""
+        return () if self.group_name is None else (self.group_name,)
+
+    @property
     def name(self) -> str:
         """The name under which operators find the plan."""
-        return f"{self.key}/{self.rank}/{self.group_name}"
+        return "/".join((self.key, str(self.rank), *self.group_names))
 
     @cached_property
     def _arena(self) -> ArenaBuilder:
@@ -128,7 +133,7 @@ class Plan(OnDevices):
         numbers = {name: getattr(self, name) for name in ("seq_len", "heads", "kv_heads", "head_dim", "value_dim")}
         numbers |= {name: getattr(self, name) for name in ("world_size", "block_q", "block_k")}
         spec = AttentionSpec(Causal() & pattern if self.spec.causal else pattern)
-        return _plan(spec, tuple(numbers.items()), self.rank, self.layout, "auto", self.group_name)
+        return plan_rows(spec, tuple(numbers.items()), self.rank, self.layout, "auto", self.group_name)
 
     @property
     def corrected_by(self) -> Ints:
@@ -261,6 +266,7 @@ def make_plan(
     mesh: DeviceMesh | None = None,
     world_size: int | None = None,
     rank: int | None = None,
+    head_ranks: int | None = None,
     layout: str | Layout = "auto",
     schedule: str = "auto",
     block_q: int = 128,
@@ -271,8 +277,10 @@ def make_plan(
     Args:
         heads, kv_heads: query heads, and key/value heads that divide them (default: as many).
         head_dim, value_dim: of queries and keys, and of values (default: the same).
-        mesh: a one-dimensional DeviceMesh, the ranks that share the sequence. None: one rank, or with ``world_size``
-            and ``rank`` a plan on paper, which explains but does not run.
+        mesh: the ranks that share the sequence, a DeviceMesh of one dimension; or of two, along the second of which
+            they exchange heads (see heads.py), the ranks of one machine, say. None: one rank, or with ``world_size``,
+            ``rank`` and ``head_ranks`` (the size of the second dimension) a plan on paper, which explains but does not
+            run.
         layout: who owns which tokens: one of ``layout.LAYOUTS``, or auto: the cheapest by the cost model; or the layout
             of another plan, which this one must share if the same tensors go through both.
         schedule: direct, slices, ring, or auto: direct where few pages travel, else slices where these fit, else ring.
@@ -281,14 +289,19 @@ def make_plan(
     Raises:
         ConfigError: (a ValueError) an argument, or a combination of them, that cannot work.
     """
-    group_name = None
+    groups: tuple[str | None, ...] = (None, None)
     if mesh is not None:
-        if mesh.ndim != 1:
-            raise ConfigError(f"mesh has {mesh.ndim} dimensions; expected one: take mesh['name'] of a larger one")
-        if world_size is not None or rank is not None:
-            raise ConfigError("give mesh, or world_size and rank, not both")
-        world_size, rank = mesh.size(), mesh.get_local_rank()
-        group_name = mesh.get_group().group_name if world_size > 1 else None
+        if mesh.ndim not in (1, 2):
+            raise ConfigError(
+                f"mesh has {mesh.ndim} dimensions; expected one or two: take mesh['name'] or mesh['name', 'name'] of a "
+                "larger one"
+            )
+        if world_size is not None or rank is not None or head_ranks is not None:
+            raise ConfigError("give mesh, or world_size, rank and head_ranks, not both")
+        world_size, head_ranks = mesh.size(), mesh.size(1) if mesh.ndim == 2 else 1
+        places = [mesh.get_local_rank(dim) for dim in range(mesh.ndim)]
+        rank = places[0] * head_ranks + (places[1] if mesh.ndim == 2 else 0)
+        groups = tuple(mesh.get_group(d).group_name if mesh.size(d) > 1 else None for d in range(mesh.ndim))
     if not isinstance(spec, AttentionSpec):
         raise ConfigError(f"spec is {spec!r}; expected an AttentionSpec")
     numbers = {
@@ -298,6 +311,7 @@ def make_plan(
         "head_dim": head_dim,
         "value_dim": head_dim if value_dim is None else value_dim,
         "world_size": 1 if world_size is None else world_size,
+        "head_ranks": 1 if head_ranks is None else head_ranks,
         "block_q": block_q,
         "block_k": block_k,
     }
@@ -322,11 +336,16 @@ def make_plan(
         raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}, auto, or a Layout")
     if schedule not in (*SCHEDULES, "auto"):
         raise ConfigError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}, auto")
-    return _plan(spec, tuple(numbers.items()), rank, layout, schedule, group_name)
+    head_ranks = numbers.pop("head_ranks")
+    if head_ranks == 1:
+        return plan_rows(spec, tuple(numbers.items()), rank, layout, schedule, groups[0])
+    from distattn.heads import plan_heads
+
+    return plan_heads(spec, tuple(numbers.items()), head_ranks, rank, layout, schedule, groups)
 
 
 @lru_cache(maxsize=16)
-def _plan(
+def plan_rows(
     spec: AttentionSpec,
     numbers: tuple[tuple[str, int], ...],
     rank: int,
@@ -338,7 +357,7 @@ def _plan(
     world_size, blocks = n["world_size"], (n["block_q"], n["block_k"])
     outline = make_outline(spec.tokens.by_head(n["heads"]), n["seq_len"], blocks, world_size)
     if not isinstance(layout, Layout):
-        layout = _choose_layout(layout, spec, outline, n, schedule)
+        layout = choose_layout(layout, spec, outline, n, schedule)
     schedule, slices = _choose_schedule(schedule, outline, layout, n)
     said = repr((spec, numbers, schedule, slices, __version__)).encode()
     said += layout.start.tobytes() + layout.owner.tobytes()
@@ -393,7 +412,7 @@ def _unit(spec: AttentionSpec, block_q: int, block_k: int) -> int:
     return unit if spec.correction is None else math.lcm(unit, spec.correction.every)
 
 
-def _choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any], schedule: str) -> Layout:
+def choose_layout(name: str, spec: AttentionSpec, outline: Outline, n: dict[str, Any], schedule: str) -> Layout:
     blocks = n["block_q"], n["block_k"]
     unit = _unit(spec, *blocks)
     per_unit = unit // blocks[0]

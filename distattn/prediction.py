@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,9 +11,6 @@ from distattn.hierarchy import Hierarchy
 from distattn.loads import Floats, Load, Tiles, guest_query_tiles
 from distattn.machine import Machine
 from distattn.task import Task
-
-if TYPE_CHECKING:
-    from distattn.plan import Plan
 
 # K and V travel one after the other.
 _TENSORS = 2
@@ -28,25 +24,8 @@ ASSUMPTIONS = (
 )
 
 
-def predict(plan: Plan, machine: Machine, itemsize: int = 2, *, backward: bool = False) -> Prediction:
-    """Seconds of a forward pass, or of a backward pass, of one layer and a batch of one.
-
-    Args:
-        itemsize: bytes of an element of q, k and v.
-        backward: the backward pass alone.
-    """
-    found = predict_task(Task.of(plan, itemsize), machine, backward=backward)
-    if plan.correction is None:
-        return found
-    # Dense rows, and what they add to the others: three results are read and one is written, in float32 between.
-    moved = Task.of(plan, itemsize).outputs * (4 * itemsize + 4 * max(itemsize, 4))
-    more = Timeline(machine, plan.world_size)
-    more.copy(moved * (2 if backward else 1), launches=8)
-    return found.plus(predict(plan.correction, machine, itemsize, backward=backward)).plus(more.end(0.0))
-
-
 def predict_task(task: Task, machine: Machine, *, backward: bool = False) -> Prediction:
-    """The same of a task."""
+    """Seconds of a forward pass, or of a backward pass alone, of one layer and a batch of one."""
     run = _Run(task, machine)
     return run.backward() if backward else run.forward()
 

@@ -425,6 +425,13 @@ def fail(error: BaseException) -> None:
         watch.fail(error)
 
 
+def leave() -> None:
+    """`Watch.leave` in all process groups, in the order in which exchanges began there: the same on all ranks."""
+    for watch in [*_watches.values()]:
+        if watch._in_use():
+            watch.leave()
+
+
 def aborted() -> DistattnError | None:
     """Why exchanges on a GPU did not end as they should, in whichever process group; None if they did."""
     return next((verdict for watch in _watches.values() if (verdict := watch.aborted())), None)

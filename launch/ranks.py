@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from distattn.errors import PeerLost
 from distattn.jobs.context import Context, Reporter
 from distattn.launch.device import Device
+from distattn.watch import leave as leave_watches
 from distattn.watch import set_deadline, watch_of
 
 MESH_DIM = "sequence"
@@ -135,7 +136,7 @@ def leave(context: Context) -> None:
         PeerLost, PlanMismatch: a rank failed meanwhile, or took part in other exchanges than this one.
     """
     if context.mesh is not None:
-        watch_of(context.mesh.get_group().group_name).leave()
+        leave_watches()
         destroy_process_group()
 
 

@@ -76,7 +76,8 @@ def _run(composed: DictConfig) -> int:
     hydra_config = HydraConfig.get()
     output_dir = Path(hydra_config.runtime.output_dir)
     if job.on_paper:
-        check_ranks(config, 1 if config.cluster.world_size is None else config.cluster.world_size)
+        if config.cluster.world_size is not None:
+            check_ranks(config, config.cluster.world_size)
         job.check(config)
         return _run_on_paper(config, job, output_dir)
     if config.cluster.world_size is not None:

@@ -23,12 +23,11 @@ from torch import Tensor
 
 import distattn
 from distattn import reference
-from distattn.explain import plan_peak_bytes
+from distattn.forecast import plan_peak_bytes, predict
 from distattn.launch.ranks import prepare_nccl
 from distattn.machine import Machine
 from distattn.operators import sent
 from distattn.plan import DEFAULT_MACHINE, Plan
-from distattn.prediction import predict
 from distattn.spec import AttentionSpec
 
 TIMEOUT = timedelta(seconds=240)  # of a collective; the slowest thing between two of them is a compilation

@@ -89,6 +89,9 @@ def test_equal_parts(length: int, part: int, expected: list[int]) -> None:
         (["+attention.sinks=4"], "attention does not fit the preset 'hierarchical'.*'sinks'"),
         (["attention.window=100"], r"attention=hierarchical: window is 100; expected a multiple of chunks\[0\], 64"),
         (["attention=bigbird", "attention.block=large"], "attention=bigbird: block is 'large'"),
+        (["layout.head_ranks=0"], "layout.head_ranks is 0; expected more than 0"),
+        (["layout.head_ranks=2"], "layout.head_ranks is 2; expected 1, since the spec has summaries"),
+        (["layout.head_ranks=3", "attention=mistral"], "layout.head_ranks is 3; expected a divisor of heads, 4"),
         (["model.heads=5"], "model.heads is 5; expected a multiple of model.kv_heads, 2"),
         (["model.head_dim=0"], "model.head_dim is 0; expected more than 0"),
         (["model.dense_layers=[2]"], "model.dense_layers has 2; expected a layer from 0 to 1"),
@@ -109,6 +112,8 @@ def test_ranks_without_work_are_refused() -> None:
         check_ranks(config, 9)
     with pytest.raises(ConfigError, match="cluster.world_size is 0"):
         check_ranks(config, 0)
+    with pytest.raises(ConfigError, match="layout.head_ranks is 2; expected a divisor of the number of ranks, 3"):
+        check_ranks(config_of("seq_len=1000", "layout.head_ranks=2"), 3)
 
 
 @pytest.mark.parametrize(

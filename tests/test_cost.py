@@ -10,12 +10,13 @@ import pytest
 
 from distattn import presets
 from distattn.cost import Timeline
+from distattn.forecast import predict
+from distattn.heads import HeadsPlan
 from distattn.jobs.plan import check, run
 from distattn.loads import stage_loads
 from distattn.machine import Curve, Machine
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
 from distattn.plan import Plan, make_plan
-from distattn.prediction import predict
 from distattn.spec import AttentionSpec
 
 SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 128}
@@ -96,6 +97,38 @@ def test_stages_of_many_ranks_that_are_alike_are_not_gone_through_one_by_one() -
     many = seconds(presets.dense(), 1 << 21, 1024, schedule="ring", layout="zigzag")
     late = seconds(presets.dense(), 1 << 21, 1024, with_exchanges(1.0, latency=0.1), schedule="ring", layout="zigzag")
     assert late[0] - many[0] == pytest.approx(102.3, rel=0.05)
+
+
+def test_ranks_that_exchange_heads_pay_for_each_tensor_once_and_attend_as_their_plans_do() -> None:
+    late = with_exchanges(1.0, latency=0.1)
+    for head_ranks in (2, 4):
+        plan = on_paper(presets.dense(), 1 << 17, 4, head_ranks=head_ranks, schedule="direct")
+        assert isinstance(plan, HeadsPlan)
+        for backward in (False, True):
+            found, inner = (predict(x, H100, backward=backward) for x in (plan, plan.inner))
+            lost, lost_within = (
+                predict(x, late, backward=backward).seconds - before.seconds
+                for x, before in ((plan, found), (plan.inner, inner))
+            )
+            assert lost - lost_within == pytest.approx(0.4, rel=1e-3)  # q, k, v and out, or their gradients
+            assert found.compute.max() == inner.compute.max() and found.seconds > inner.seconds
+
+
+def test_heads_are_exchanged_within_nodes_and_keys_travel_between_them() -> None:
+    pair = replace(H100, gpus_per_node=2)
+    plan = on_paper(presets.dense(), 1 << 17, 4, head_ranks=2, schedule="direct")
+    far = replace(pair, between_latency=1.0)
+    # K and V together, but neither q nor out.
+    assert predict(plan, far).seconds - predict(plan, pair).seconds == pytest.approx(1.0, rel=0.05)
+    alone = on_paper(presets.dense(), 1 << 17, 2, head_ranks=2)
+    assert predict(alone, far).seconds == predict(alone, pair).seconds
+
+
+def test_ranks_that_exchange_heads_wait_for_the_slowest_of_their_group_only() -> None:
+    time = Timeline(with_exchanges(0.0, 1.0), 4, group=2)
+    time.compute(np.array([1.0, 3.0, 2.0, 2.0]), host=0.0)
+    time.wait(time.start("all_to_all", np.ones(4)))
+    assert time.end(0.0).total == pytest.approx([4.0, 4.0, 3.0, 3.0])
 
 
 def test_a_host_that_is_too_slow_is_what_binds() -> None:
@@ -185,10 +218,14 @@ def test_job_plan_tells_of_several_numbers_of_ranks_and_what_was_assumed() -> No
     lines = report.splitlines()
     assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()][1:] == ["2", "64"]
     assert "nodes of 4 have 50 GB/s" in report and "between_latency: " in report
+    by_heads = config_of(["job=plan", "job.world_sizes=[4]", "attention=dense", "layout.head_ranks=2"])
+    check(by_heads)
+    assert "each 2 ranks exchange heads" in run(by_heads, None)["report"]  # type: ignore[arg-type]
     for change, message in (
         ("job.world_sizes=[2,100000]", "100000 ranks are too many"),
+        ("layout.head_ranks=2", "expected a divisor of the number of ranks, 1"),
         ("cluster.gpus_per_node=0", "cluster.gpus_per_node is 0; expected at least 1"),
         ("job.machine=nothing", "machine is 'nothing'; expected"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(config_of(["job=plan", "seq_len=1048576", change]))
+            check(config_of(["job=plan", "seq_len=1048576", "attention=dense", change]))

@@ -76,6 +76,7 @@ def test_it_reads_what_training_saved(ranks: RankPool, tmp_path: Path) -> None:
         (b"abc", ["data.offset=3"], "there are 0 bytes from data.offset on"),
         (b"abc", ["job.prompt=''"], "the prompt is empty"),
         (b"abc", ["job.samples=0"], "job.samples is 0"),
+        (b"abc", ["attention=dense", "layout.head_ranks=2"], "layout.head_ranks is 2; expected 1"),
         (b"abc", ["job.retrieve=4"], "expected null, or attention=dense"),
         (b"abc", ["job.retrieve=0", "attention=dense"], "pages is 0"),
         (b"abc", ["job.keep_sinks=4"], "expected null for all, or keep_window and one of the others"),

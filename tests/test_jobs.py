@@ -60,6 +60,23 @@ def test_prefill_reports_the_same_on_any_number_of_ranks(attention: list[str], r
     assert three["attention_flops"] == one["attention_flops"] and sum(three["bytes_sent"]) > sum(one["bytes_sent"]) == 0
 
 
+def test_prefill_reports_the_same_where_ranks_exchange_heads(ranks: RankPool, tmp_path: Path) -> None:
+    overrides = [
+        *SMALL,
+        *WINDOW,
+        "model.dense_layers=[1]",
+        "job.picture=false",
+        "layout.block_q=64",
+        "layout.block_k=64",
+    ]
+    one, four = (
+        ranks(count, run_job, "prefill", [*overrides, f"layout.head_ranks={heads}"], str(tmp_path / str(count)))[0]
+        for count, heads in ((1, 1), (4, 2))
+    )
+    assert four["exit_code"] == 0 and four["bytes_planned"] == four["bytes_sent"] and min(four["bytes_sent"]) > 0
+    assert four["bits_per_byte"] == pytest.approx(one["bits_per_byte"], abs=1e-5)
+
+
 def wrong_out(context: Context, overrides: list[str], folder: str) -> int:
     real = prefill.reference.attention_rows
     try:

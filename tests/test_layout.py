@@ -47,6 +47,33 @@ def test_balanced_keeps_even_work_in_one_piece() -> None:
     assert [len(layout.segments(r)) for r in range(4)] == [1, 1, 1, 1]
 
 
+@given(st.sampled_from(LAYOUTS), sizes, st.integers(1, 4))
+def test_shards_are_divided_and_joined(name: str, size: tuple[int, int, int], parts: int) -> None:
+    length, world_size, unit = size
+    whole = make_layout(name, length, world_size, unit, np.ones(-(-length // unit), np.int64))
+    layout = whole.divided(parts)
+    assert layout.world_size == world_size * parts and layout.tokens().sum() == length
+    for rank in range(world_size):
+        mine = [rank * parts + part for part in range(parts)]
+        runs = [np.arange(*segment) for r in mine for segment in layout.segments(r)]
+        rows = [np.arange(*segment) for segment in whole.segments(rank)]
+        # In the order of the ranks they make up the shard.
+        assert np.array_equal(np.concatenate([*runs, []]), np.concatenate([*rows, []]))
+        tokens = layout.tokens()[mine]
+        assert tokens.max() - tokens.min() < 2 * unit
+    joined = layout.joined(parts)
+    assert joined.owner.tolist() == whole.owner.tolist() and joined.start.tolist() == whole.start.tolist()
+
+
+def test_only_divided_layouts_are_joined() -> None:
+    zigzag = make_layout("zigzag", 16, 2, 1)
+    assert "".join(map(str, zigzag.divided(2).owners(1))) == "0000222233331111"
+    with pytest.raises(ConfigError, match="layout is 'zigzag' for 4 ranks.*among 2 each"):
+        make_layout("zigzag", 16, 4, 1).joined(2)
+    with pytest.raises(ConfigError, match="for 2 ranks.*among 3"):
+        zigzag.joined(3)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="ring.*expected|one of contiguous.*'ring'"):
         make_layout("ring", 100, 2, 1)

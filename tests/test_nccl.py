@@ -20,8 +20,10 @@ from test_hierarchy import Case, compare, everywhere, on_cpu, run
 import distattn
 from distattn import presets, reference
 from distattn.attend import attend, select
+from distattn.heads import HeadsPlan
 from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
+from distattn.operators import sent
 from distattn.patterns import Causal, Dense, GlobalTokens, SlidingWindow
 from distattn.plan import make_plan
 from distattn.spec import AttentionSpec
@@ -371,3 +373,34 @@ def test_ray_gives_the_bits_of_local_ranks(tmp_path: Path) -> None:
     for key in ("bits_per_byte", "max_error", "bytes_sent", "world_size", "device"):
         assert reports[0][key] == reports[1][key], key
     assert reports[0]["world_size"] == 2
+
+
+# Exchanging heads
+
+
+def by_heads(context: Context, kv_heads: int) -> tuple[list[torch.Tensor], list[int]]:
+    """out, lse, dq, dk and dv of ranks that exchange heads, and the bytes planned and sent."""
+    mesh = context.mesh_for(2)
+    plan = make_plan(
+        presets.mistral(100), LENGTH, heads=HEADS, kv_heads=kv_heads, head_dim=DIM, mesh=mesh, block_q=64, block_k=64
+    )
+    assert isinstance(plan, HeadsPlan)
+    x = [random(LENGTH, n, DIM, seed=n) for n in (HEADS, kv_heads, kv_heads)]
+    inputs = [plan.shard(y).to(context.device).requires_grad_() for y in x]
+    start = sent.total
+    out, lse = attend(*inputs, plan, return_lse=True)
+    grads = torch.autograd.grad(out.square().sum() + lse.sum(), inputs)
+    planned = plan.sent_bytes(4, lse=True) + plan.sent_bytes_backward(4, lse=True)
+    counted = [planned, sent.total - start]
+    return [plan.unshard(y.detach()).cpu() for y in (out, lse, *grads)], counted
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_ranks_exchange_heads(gpus: RankPool, kv_heads: int) -> None:
+    x = [random(LENGTH, n, DIM, seed=n).double().requires_grad_() for n in (HEADS, kv_heads, kv_heads)]
+    out, lse = reference.attention(*x, presets.mistral(100).tokens)
+    wanted = [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), x)]
+    for found, (planned, counted) in gpus(2, by_heads, kv_heads):
+        assert planned == counted > 0
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert reference.max_error(ours, theirs.detach()) < 1e-5

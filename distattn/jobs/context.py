@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from distattn.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +52,29 @@ class Context:
     mesh: DeviceMesh | None
     output_dir: Path
     reporter: Reporter = field(default_factory=Silent, repr=False)
+
+    def mesh_for(self, head_ranks: int) -> DeviceMesh | None:
+        """The mesh of attention in which so many ranks in a row exchange heads; all ranks ask for it together.
+
+        Raises:
+            ConfigError: they do not divide the ranks.
+        """
+        if self.world_size % head_ranks:
+            raise ConfigError(
+                f"head_ranks is {head_ranks}; expected a divisor of the number of ranks, {self.world_size}"
+            )
+        if head_ranks == 1:
+            return self.mesh
+        if head_ranks not in self._meshes:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            shape, names = (self.world_size // head_ranks, head_ranks), ("sequence", "heads")
+            self._meshes[head_ranks] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return self._meshes[head_ranks]
+
+    @cached_property
+    def _meshes(self) -> dict[int, DeviceMesh]:
+        return {}
 
     def progress(self, stage: str, done: float, total: float, **info: object) -> None:
         """Tell how far this rank is: cheap enough for every step, since most calls within 0.1 s are dropped.

@@ -36,6 +36,8 @@ def check(config: Config) -> None:
     how = sampling(config)
     if job.samples < 1:
         raise ConfigError(f"job.samples is {job.samples}; expected at least 1")
+    if config.layout.head_ranks != 1:
+        raise ConfigError(f"layout.head_ranks is {config.layout.head_ranks}; expected 1, since a cache has all heads")
     check_prompts([prompt_of(config)], how, config.seq_len, job.slice_tokens)
     kept(config), retrieved(config)
     check_attention(config)

@@ -6,12 +6,13 @@ from typing import Any
 
 from distattn.conf.schema import Config, PlanConfig
 from distattn.errors import ConfigError
-from distattn.explain import plan_peak_bytes, table
+from distattn.explain import table
+from distattn.forecast import plan_peak_bytes, predict
 from distattn.jobs.context import Context
 from distattn.jobs.settings import attention_spec, check_ranks, plan_options
 from distattn.machine import Machine
 from distattn.plan import Plan, make_plan
-from distattn.prediction import assumptions, predict
+from distattn.prediction import assumptions
 
 ON_PAPER = True
 
@@ -26,7 +27,7 @@ def check(config: Config) -> None:
     """
     assert isinstance(config.job, PlanConfig)
     _machine(config)
-    for world_size in config.job.world_sizes:
+    for world_size in config.job.world_sizes or [config.cluster.world_size or 1]:
         check_ranks(config, world_size)
 
 
@@ -53,7 +54,8 @@ def _machine(config: Config) -> Machine:
 
 
 def _plan(config: Config, world_size: int) -> Plan:
-    return make_plan(attention_spec(config), world_size=world_size, rank=0, **plan_options(config))
+    spec, head_ranks = attention_spec(config), config.layout.head_ranks
+    return make_plan(spec, world_size=world_size, rank=0, head_ranks=head_ranks, **plan_options(config))
 
 
 def _scaling(config: Config, machine: Machine, itemsize: int) -> str:
@@ -78,7 +80,8 @@ def _scaling(config: Config, machine: Machine, itemsize: int) -> str:
         )
     lines = [
         f"{config.seq_len:,} tokens, {config.model.heads} query and {config.model.kv_heads} key/value heads of "
-        f"{config.model.head_dim}, {8 * itemsize} bits: predicted, one layer, the slowest rank",
+        f"{config.model.head_dim}, {8 * itemsize} bits: predicted, one layer, the slowest rank"
+        + (f"; each {config.layout.head_ranks} ranks exchange heads" if config.layout.head_ranks > 1 else ""),
         attention_spec(config).text,
         "",
         *table(header, rows),

@@ -20,7 +20,7 @@ from distattn import hierarchy_rows, reference
 from distattn.attend import Selection
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
-from distattn.exchange import gather_rows, resolve_group
+from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
@@ -119,12 +119,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 def layer_plans(config: Config, context: Context) -> list[Plan]:
     """One plan a layer, all with the layout of the first."""
-    options = plan_options(config)
-    first = make_plan(attention_spec(config), mesh=context.mesh, **options)
+    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks)
+    first = make_plan(attention_spec(config), mesh=mesh, **options)
     plans = []
     for layer in range(config.model.layers):
         spec = dense() if layer in config.model.dense_layers else first.spec
-        plans.append(make_plan(spec, mesh=context.mesh, **options | {"layout": first.layout}))
+        plans.append(make_plan(spec, mesh=mesh, **options | {"layout": first.layout}))
     return plans
 
 
@@ -178,7 +178,7 @@ class _Checker:
 
         def everywhere(x: Tensor) -> Tensor:
             """The sampled rows of all ranks, by position: [rows, ...]."""
-            rows: Tensor = _gather(x, counts, plan)[order.to(x.device)]
+            rows: Tensor = _gather(x, counts, self.context)[order.to(x.device)]
             return rows
 
         rows, got = everywhere(q[0, mine]).unsqueeze(0), everywhere(out[0, mine]).unsqueeze(0)
@@ -202,12 +202,16 @@ class _Checker:
                 key_positions=plan.positions,
                 chosen=chosen,
                 extras=extras,
-                total=lambda x: _total(x, plan),
+                total=lambda x: _total(x, self.context),
             )
             more.append(summaries)
         ranks = [1] * plan.world_size
         parts = list(
-            zip(_gather(part, ranks, plan, split=True), _gather(part_lse, ranks, plan, split=True), strict=True)
+            zip(
+                _gather(part, ranks, self.context, split=True),
+                _gather(part_lse, ranks, self.context, split=True),
+                strict=True,
+            )
         )
         expected, _ = reference.merge([*parts, *more])
         self.errors.append(reference.max_error(got, expected))
@@ -215,17 +219,17 @@ class _Checker:
         self.seconds += time.perf_counter() - start
 
 
-def _gather(x: Tensor, counts: list[int], plan: Plan, split: bool = False) -> Any:
+def _gather(x: Tensor, counts: list[int], context: Context, split: bool = False) -> Any:
     """All ranks' rows along dim 0: joined, or as a list by rank."""
-    parts = [x] if plan.world_size == 1 else gather_rows(x.contiguous(), counts, plan.group_name)
+    mesh = context.mesh
+    parts = [x] if mesh is None else gather_rows(x.contiguous(), counts, mesh.get_group().group_name)
     return parts if split else torch.cat(parts)
 
 
-def _total(x: Tensor, plan: Plan) -> Tensor:
+def _total(x: Tensor, context: Context) -> Tensor:
     """The sum over all ranks."""
-    if plan.world_size > 1:
-        assert plan.group_name is not None
-        dist.all_reduce(x, group=resolve_group(plan.group_name))
+    if context.mesh is not None:
+        dist.all_reduce(x, group=context.mesh.get_group())
     return x
 
 

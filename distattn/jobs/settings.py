@@ -8,6 +8,7 @@ from typing import Any
 from distattn import presets
 from distattn.conf.schema import Config
 from distattn.errors import ConfigError
+from distattn.heads import refusal
 from distattn.model import ModelConfig
 from distattn.spec import AttentionSpec
 
@@ -43,6 +44,7 @@ def check(config: Config) -> None:
         "seq_len": config.seq_len,
         "layout.block_q": config.layout.block_q,
         "layout.block_k": config.layout.block_k,
+        "layout.head_ranks": config.layout.head_ranks,
         "launcher.timeout": config.launcher.timeout,
         **{f"model.{name}": getattr(config.model, name) for name in ("layers", "width", "heads", "kv_heads")},
         **{f"model.{name}": getattr(config.model, name) for name in ("head_dim", "hidden", "slice_rows")},
@@ -61,17 +63,22 @@ def check(config: Config) -> None:
     path = config.data.path
     if path is not None and not Path(path).expanduser().exists():
         raise ConfigError(f"data.path is {path!r}, which does not exist; expected a file or a folder")
-    attention_spec(config)
+    if why := refusal(attention_spec(config), model.heads, model.kv_heads, config.layout.head_ranks):
+        raise ConfigError(f"layout.head_ranks is {config.layout.head_ranks}; {why}")
 
 
 def check_ranks(config: Config, world_size: int) -> None:
-    """Check that the sequence is long enough for the ranks.
+    """Check that the sequence is long enough for the ranks, and that groups of them that exchange heads are whole.
 
     Raises:
         ConfigError: it is not, or there would be no rank.
     """
     if world_size < 1:
         raise ConfigError(f"cluster.world_size is {world_size}; expected at least 1")
+    if world_size % config.layout.head_ranks:
+        raise ConfigError(
+            f"layout.head_ranks is {config.layout.head_ranks}; expected a divisor of the number of ranks, {world_size}"
+        )
     tiles = -(-config.seq_len // config.layout.block_q)
     if world_size > tiles:
         raise ConfigError(

@@ -1,8 +1,13 @@
-"""job=verify: every preset and layout on 1 to 4 ranks, forward and gradients, against the float64 oracle."""
+"""job=verify: every preset and layout on 1 to 4 ranks, forward and gradients, against the float64 oracle.
+
+Where a preset is a pattern and no more, also on ranks that exchange heads.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -14,6 +19,7 @@ from distattn import presets, reference
 from distattn.attend import attend
 from distattn.conf.schema import Config, VerifyConfig
 from distattn.extras import AttentionExtras, Mlp, MlpPool
+from distattn.heads import refusal
 from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
 from distattn.layout import LAYOUTS
@@ -27,6 +33,8 @@ CPU_RANKS = 4
 LENGTH = 211
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
 BLOCK = 16
+# In which ranks exchange heads along the second dimension.
+MESHES = ((1, 2), (1, 4), (2, 2))
 
 CASES: dict[str, AttentionSpec] = {
     "dense": presets.dense(),
@@ -51,7 +59,7 @@ CASES: dict[str, AttentionSpec] = {
 
 @dataclass
 class Row:
-    """The largest errors of one preset at one number of ranks."""
+    """The largest errors of one preset on one mesh."""
 
     forward: float = 0.0
     gradient: float = 0.0
@@ -64,20 +72,21 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     job = config.job
     assert isinstance(job, VerifyConfig)
     meshes = _meshes(context)
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for done, (name, spec) in enumerate(CASES.items()):
         context.progress("verify", done, len(CASES))
         inputs = _inputs(config.seed + done)
         expected = _oracle(spec, inputs) if context.rank == 0 else None
-        for ranks, mesh in meshes.items():
-            row = rows.setdefault((name, ranks), Row())
-            for layout in LAYOUTS if ranks > 1 else LAYOUTS[:1]:
-                for schedule in SCHEDULES if ranks > 1 else ("direct",):
-                    for dtype in (torch.float32, torch.bfloat16):
-                        # Low precision does not depend on where rows lie: one layout stands for all. But choices
-                        # depend on precision: the oracle's would be others.
-                        if dtype == torch.float32 or (layout == LAYOUTS[0] and spec.select is None):
-                            _check(row, spec, inputs, expected, layout, schedule, mesh, ranks, dtype, context)
+        for shape, mesh in meshes.items():
+            if refusal(spec, HEADS, KV_HEADS, math.prod(shape[1:])):
+                continue
+            row = rows.setdefault((name, " x ".join(map(str, shape))), Row())
+            for layout, schedule in _arrangements(shape):
+                for dtype in (torch.float32, torch.bfloat16):
+                    # Low precision does not depend on where rows lie: one layout stands for all. But choices
+                    # depend on precision: the oracle's would be others.
+                    if dtype == torch.float32 or (layout == LAYOUTS[0] and spec.select is None):
+                        _check(row, spec, inputs, expected, layout, schedule, mesh, math.prod(shape), dtype, context)
     context.progress("verify", len(CASES), len(CASES))
     if context.rank:
         return {}
@@ -89,12 +98,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         or not row.bytes_agree
     ]
     text = [f"{'preset':<28}ranks  forward   gradients  bfloat16  bytes as planned"]
-    for (name, ranks), row in rows.items():
+    for (name, on), row in rows.items():
         low = f"{row.low_precision:.1e}" if CASES[name].select is None else "-      "
         errors = f"{row.forward:.1e}   {row.gradient:.1e}    {low}"
-        text.append(f"{name:<28}{ranks:>5}  {errors}   {'yes' if row.bytes_agree else 'NO'}")
+        text.append(f"{name:<28}{on:>5}  {errors}   {'yes' if row.bytes_agree else 'NO'}")
     text.append(
-        f"\nError is max|x - oracle| / max(1, max|oracle|), the largest over {len(LAYOUTS)} layouts and "
+        "\nRanks of n x m exchange heads by m. "
+        f"Error is max|x - oracle| / max(1, max|oracle|), the largest over {len(LAYOUTS)} layouts and "
         f"{len(SCHEDULES)} schedules. "
         f"Tolerance {job.tolerance_float32:g} in float32, {job.tolerance_bfloat16:g} in bfloat16, "
         "which is not tried where chunks are chosen: rounded inputs choose others."
@@ -105,14 +115,32 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"report": "\n".join(text), "exit_code": 1 if failed else 0}
 
 
-def _meshes(context: Context) -> dict[int, DeviceMesh | None]:
-    """For each number of ranks, their mesh; None where this rank is not among them or is alone."""
-    meshes: dict[int, DeviceMesh | None] = {1: None}
-    for ranks in range(2, context.world_size + 1):
-        group = dist.new_group(list(range(ranks)))
-        inside = context.rank < ranks
-        meshes[ranks] = DeviceMesh.from_group(group, context.device.type) if inside else None
+def _meshes(context: Context) -> dict[tuple[int, ...], DeviceMesh | None]:
+    """By shape; of the first ranks, but None where this rank is not among them or is alone."""
+    meshes: dict[tuple[int, ...], DeviceMesh | None] = {(1,): None}
+    for shape in [*((ranks,) for ranks in range(2, context.world_size + 1)), *MESHES]:
+        ranks = torch.arange(math.prod(shape)).view(shape)
+        if ranks.numel() > context.world_size:
+            continue
+        mine = []
+        for dim, size in enumerate(shape):
+            for members in ranks.movedim(dim, -1).reshape(-1, size).tolist():
+                group = dist.new_group(members)  # all ranks take part in making each
+                if context.rank in members:
+                    mine.append(group)
+        names = ("sequence", "heads")[: len(shape)]
+        inside = context.rank < ranks.numel()
+        meshes[shape] = (
+            DeviceMesh.from_group(mine, context.device.type, ranks, mesh_dim_names=names) if inside else None
+        )
     return meshes
+
+
+def _arrangements(shape: tuple[int, ...]) -> list[tuple[str, str]]:
+    """Layouts and schedules to try: all pairs of them, but each layout with one schedule where heads are exchanged."""
+    if shape[0] == 1:
+        return [(LAYOUTS[0], "direct")]
+    return list(product(LAYOUTS, SCHEDULES) if len(shape) == 1 else zip(LAYOUTS, cycle(SCHEDULES), strict=False))
 
 
 def _inputs(seed: int) -> list[Tensor]:
