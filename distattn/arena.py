@@ -145,7 +145,7 @@ class ArenaBuilder:
         transfer = None
         if self.world_size > 1 and distance != 0:
             kind = self._direct_kind if distance is None else "neighbours"
-            transfer = Transfer(kind, tuple(sends), tuple(receives))
+            transfer = Transfer(kind, tuple(sends), tuple(receives), tuple(sends))
         table = self._table(extents, own, guest_pages, kv_heads)
         return Stage(shared, transfer, base, guest_pages * self.blocks[1], table, kv_heads, bool(distance))
 

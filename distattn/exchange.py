@@ -134,7 +134,7 @@ class Exchange:
                 the returned rows of each tensor, [batch, rows, heads, dim], which it may not write to.
         """
         outgoing = transfer.receives
-        incoming = _as_sent(transfer, self.world_size)
+        incoming = transfer.returns
         mine = [m for m in outgoing if m.peer == self.rank]
         sends = _by_peer(outgoing, self.rank, lambda m: _flat(guests, m))
         sizes = _sizes(incoming, self.rank, guests)
@@ -305,14 +305,6 @@ def _sizes(messages: Sequence[Message], rank: int, tensors: Sequence[Tensor]) ->
             size = message.count * len(message.kv_heads) * _width(tensors)
             sizes[message.peer] = sizes.get(message.peer, 0) + size
     return sizes
-
-
-def _as_sent(transfer: Transfer, world_size: int) -> list[Message]:
-    """What comes back: one message for each that went out; an all_gather went out to everybody."""
-    if transfer.kind != "all_gather":
-        return list(transfer.sends)
-    only = transfer.sends[0]
-    return [Message(peer, only.kv_heads, only.rows) for peer in range(world_size)] if only.count else []
 
 
 def resolve_group(group_name: str) -> dist.ProcessGroup:

@@ -105,7 +105,7 @@ class HeadsPlan(Plan):
             for peer, (end, count) in enumerate(zip(stop.tolist(), self.counts, strict=True))
             if count
         ]
-        return Transfer("all_to_all", tuple(sends), tuple(receives))
+        return Transfer("all_to_all", tuple(sends), tuple(receives), tuple(sends))
 
     def unshard(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         if x.shape[dim] != self.tokens:

@@ -43,11 +43,14 @@ class Transfer:
     kind: "neighbours" (send and receive, pair by pair), "all_to_all" (one uneven collective), or "all_gather" (every
         rank sends the same rows to all; ``chunk`` is the largest rank's number of them, to which others are padded).
     sends, receives: by peer. An all_gather has one entry in ``sends``, with this rank as peer.
+    returns: what comes back when what was received goes home: a message for each that went out, to each rank in the
+        case of an all_gather.
     """
 
     kind: str
     sends: tuple[Message, ...]
     receives: tuple[Message, ...]
+    returns: tuple[Message, ...]
     chunk: int = 0
 
     def sent_bytes(self, row_bytes: int, rank: int, world_size: int) -> int:
@@ -86,7 +89,8 @@ def to_everyone(owner: Ints, local: Ints, heads: tuple[int, ...], rank: int, wor
         at = np.flatnonzero(owner == peer)
         receives.append(Message(int(peer), heads, join_runs(at, at + 1)))
     # Padding is cheap where ranks hold similarly many rows; otherwise each sends just its own.
+    sends = tuple(Message(peer, heads, send_rows) for peer in range(world_size)) if len(local) else ()
     if counts.max() * world_size <= 2 * counts.sum():
-        return Transfer("all_gather", (Message(rank, heads, send_rows),), tuple(receives), int(counts.max()))
-    sends = [Message(peer, heads, send_rows) for peer in range(world_size)] if len(local) else []
-    return Transfer("all_to_all", tuple(sends), tuple(receives))
+        mine = Message(rank, heads, send_rows)
+        return Transfer("all_gather", (mine,), tuple(receives), sends, int(counts.max()))
+    return Transfer("all_to_all", sends, tuple(receives), sends)
