@@ -57,9 +57,8 @@ def draw(rows: Rows, path: Path, gpus: int | None = None) -> None:
     if handles:
         figure.legend(handles.values(), handles, ncols=3, frameon=False, loc="outside upper center")
     device, torch = rows[0]["device"], rows[0]["torch"]
-    figure.supxlabel(
-        f"{gpus} x {device}, bfloat16, head_dim 128, torch {torch}, commit {rows[-1]['commit']}", fontsize=9
-    )
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    figure.supxlabel(f"{gpus} x {device}, bfloat16, head_dim 128, torch {torch}, commits {commits}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -112,6 +111,7 @@ def lines(axis: Any, rows: Rows, kind: str) -> None:
     axis.set_title(f"{kind} scaling: FLOP/s a GPU, % of one GPU", fontsize=11, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     if not series:
+        axis.set_axis_off()
         axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes)
         return
     ranks = sorted({x for values in series.values() for x in values})
