@@ -143,4 +143,6 @@ def test_the_account_is_what_is_allocated_on_one_rank(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_account_is_what_is_allocated_on_several_ranks(name: str, ranks: RankPool) -> None:
     count = 2 * CASES[name][2].get("head_ranks", 1)
+    if count > 2:  # PyTorch numbers new groups by process: those of ranks that made others before would be mixed up
+        ranks.close()
     check(ranks(count, peaks, name), name, count)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -74,7 +75,8 @@ class Machine(RuleBasedStateMachine):
             pages = sum(
                 -(-(len(self.wanted[s]) + n) // ROWS) - -(-len(self.wanted[s]) // ROWS) for s, n in counts.items()
             )
-            assert pages + len(counts) > sum(free) or 0 in free
+            # (A block that sequences share is copied where it is, once for each that writes.)
+            assert pages + len(counts) > sum(free) or min(free) < len(counts)
             return
         for rank, old, new in written.copies:
             for row in range(ROWS):
@@ -107,6 +109,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestPages = Machine.TestCase
+TestPages.settings = settings(max_examples=min(settings().max_examples, 100))  # each has up to 50 steps
 
 
 def test_new_blocks_go_to_the_rank_with_the_fewest() -> None:
