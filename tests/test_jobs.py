@@ -1,6 +1,7 @@
 """The jobs themselves, small: what prefill and verify report, and when they fail."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_prefill_draws_and_traces(ranks: RankPool, tmp_path: Path) -> None:
     assert result["exit_code"] == 0 and (tmp_path / "pattern.png").stat().st_size > 10_000
     trace = json.loads((tmp_path / "trace_rank0.json").read_text())
     assert any("attend" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def without_matplotlib(context: Context, overrides: list[str], folder: str) -> dict[str, Any] | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)  # importing it raises ImportError
+        return run_job(context, "prefill", overrides, folder)
+
+
+def test_prefill_reports_without_matplotlib(ranks: RankPool, tmp_path: Path) -> None:
+    result = ranks(1, without_matplotlib, ["seq_len=700", "model.layers=1", *SMALL[1:]], str(tmp_path))[0]
+    assert result["exit_code"] == 0 and result["report"].endswith("exact to the pattern")
+    assert "not drawn: pictures need matplotlib" in result["report"] and not (tmp_path / "pattern.png").exists()
 
 
 @pytest.mark.full  # .ci/run runs the job itself, on 4 ranks
