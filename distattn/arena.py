@@ -122,7 +122,7 @@ class ArenaBuilder:
         for group, guests in zip(self.kv_groups, self.guests, strict=True):
             pages = _row(guests, self.rank)
             pages = pages[np.isin(self.page_owner[pages], sources)]
-            # By owner: what comes from all of them is then in one piece, and received where it is read.
+            # By owner: what comes from one is in one piece.
             pages = pages[np.argsort(self.page_owner[pages], kind="stable")]
             guest = Extents.of(pages, len(self.my_pages) + base)
             extents.append(self.own.joined(guest) if own else guest)

@@ -40,7 +40,7 @@ class Message:
 class Transfer:
     """Messages that travel together.
 
-    kind: "neighbours" (send and receive, pair by pair), "all_to_all" (one uneven collective), or "all_gather" (every
+    kind: "neighbours" (each rank with few others), "all_to_all" (one uneven collective), or "all_gather" (every
         rank sends the same rows to all; ``chunk`` is the largest rank's number of them, to which others are padded).
     sends, receives: by peer. An all_gather has one entry in ``sends``, with this rank as peer.
     returns: what comes back when what was received goes home: a message for each that went out, to each rank in the
