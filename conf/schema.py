@@ -109,7 +109,11 @@ class ModelConfig:
     dtype: str = MISSING
     slice_rows: int = MISSING
     dense_layers: list[int] = field(default_factory=list)
+    window_layers: list[int] = field(default_factory=list)
+    window: int = MISSING
     select_from: int | None = None
+    unrotated_layers: list[int] = field(default_factory=list)
+    grow_from: int | None = None
 
 
 @dataclass

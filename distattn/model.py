@@ -51,9 +51,15 @@ class ModelConfig:
         slice_rows: rows that norms, projections, the MLP and the loss treat at a time.
         select_from: a layer whose choice of chunks all later layers take over (after GLM-5.2's shared index); None:
             each layer chooses for itself. Layers from it on have the same selection in their specs, or none.
+        unrotated_layers: layers without rotary positions: what they read far away looks the same at every distance
+            (Kazemnejad et al., "The impact of positional encoding on length generalization", 2023).
+        grow_from: queries of unrotated layers are multiplied by max(1, log(p + 1) / log(grow_from)), p their position:
+            the weight of one key among p then stays as p grows (Nakanishi, "Scalable-Softmax", 2025, equation 4, there
+            with a learned factor); None: they are not.
 
     Raises:
-        ConfigError: a size is below 1, kv_heads does not divide heads, head_dim is odd, or dtype is unknown.
+        ConfigError: a size is below 1, kv_heads does not divide heads, head_dim is odd, dtype is unknown, a layer is
+            none of the decoder's, or grow_from is below 2.
     """
 
     layers: int = 2
@@ -67,6 +73,8 @@ class ModelConfig:
     dtype: str = "float32"
     slice_rows: int = 1024
     select_from: int | None = None
+    unrotated_layers: Sequence[int] = ()
+    grow_from: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "vocab", "slice_rows"):
@@ -80,6 +88,11 @@ class ModelConfig:
             raise ConfigError(f"model.rope_theta is {self.rope_theta}; expected more than 0")
         if self.select_from is not None and not 0 <= self.select_from < self.layers:
             raise ConfigError(f"model.select_from is {self.select_from}; expected a layer from 0 to {self.layers - 1}")
+        for layer in self.unrotated_layers:
+            if not 0 <= layer < self.layers:
+                raise ConfigError(f"model.unrotated_layers has {layer}; expected a layer from 0 to {self.layers - 1}")
+        if self.grow_from is not None and self.grow_from < 2:
+            raise ConfigError(f"model.grow_from is {self.grow_from}; expected at least 2, or null")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
@@ -87,9 +100,9 @@ class ModelConfig:
 class Block(nn.Module):
     """One layer, in the two row-wise halves on either side of attention."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rotated: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.rotated = config, rotated
         dtype = DTYPES[config.dtype]
         width, hidden, inner = config.width, config.hidden, config.heads * config.head_dim
         heads_out = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -103,13 +116,18 @@ class Block(nn.Module):
     def before(self, x: Tensor, positions: Tensor, pools: bool) -> tuple[Tensor, ...]:
         """x [B, T, width], positions int64 [1, T] -> q [B, T, H, D], k and v [B, T, Hkv, D]; q, k turned.
 
-        pools: also k before it was turned, which is what summaries are made of.
+        pools: also k before it was turned, which is what summaries are made of; only where keys are turned.
         """
         c = self.config
         heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(
             2, (c.heads + 2 * c.kv_heads, c.head_dim)
         )
         q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=2)
+        if not self.rotated:
+            if c.grow_from is not None:
+                growth = ((positions + 1).double().log() / math.log(c.grow_from)).clamp(min=1)
+                q = (q * growth[..., None, None]).to(q.dtype)
+            return q, k, v
         cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
         turned = rotate(q, cos, sin), rotate(k, cos, sin), v
         return (*turned, k) if pools else turned
@@ -142,7 +160,9 @@ class Decoder(nn.Module):
         self.config = config
         dtype = DTYPES[config.dtype]
         self.embedding = nn.Parameter(torch.empty(config.vocab, config.width, dtype=dtype))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer not in config.unrotated_layers) for layer in range(config.layers)
+        )
         self.norm = nn.Parameter(torch.ones(config.width, dtype=dtype))
         self.head = nn.Parameter(torch.empty(config.vocab, config.width, dtype=dtype))
         self._draw(seed)
@@ -172,7 +192,7 @@ class Decoder(nn.Module):
         kept: Selection | None = None
         for layer, (block, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             assert isinstance(block, Block)
-            pools = not plan.spec.is_static
+            pools = block.rotated and not plan.spec.is_static
             q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
             extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else AttentionExtras()
             selects = plan.spec.select is not None
@@ -207,9 +227,9 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             spec = step.cache.specs[layer]
-            pools = not spec.is_static
+            pools = block.rotated and not spec.is_static
             q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
-            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else None
+            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else AttentionExtras()
             taken = source if source is not None and layer > source and spec.select is not None else None
             attended = step.attend(layer, q, k, v, extras=extras, choice_of=taken)
             (x,) = self._by_rows(block.after, x, attended, overwrite=True)

@@ -70,7 +70,7 @@ def test_models_have_the_fields_of_the_decoder() -> None:
 
     for name in names("model"):
         model = dataclasses.asdict(config_of(f"model={name}").model)
-        assert model.pop("dense_layers") == []
+        assert [model.pop(name) for name in ("dense_layers", "window_layers", "window")] == [[], [], 512]
         decoder = ModelConfig(**model)
         if name == "tiny":
             assert (decoder.layers, decoder.width, decoder.heads, decoder.head_dim) == (2, 256, 4, 64)
@@ -95,6 +95,12 @@ def test_equal_parts(length: int, part: int, expected: list[int]) -> None:
         (["model.heads=5"], "model.heads is 5; expected a multiple of model.kv_heads, 2"),
         (["model.head_dim=0"], "model.head_dim is 0; expected more than 0"),
         (["model.dense_layers=[2]"], "model.dense_layers has 2; expected a layer from 0 to 1"),
+        (["model.window_layers=[-1]"], "model.window_layers has -1; expected a layer from 0 to 1"),
+        (
+            ["model.dense_layers=[0,1]", "model.window_layers=[1]"],
+            "model.dense_layers and model.window_layers both have 1",
+        ),
+        (["model.window=0"], "model.window is 0; expected at least 1"),
         (["launcher.max_restarts=-1"], "launcher.max_restarts is -1; expected at least 0"),
         (["seq_len=0"], "seq_len is 0; expected more than 0"),
         (["data=path", "data.path=/no/such/file"], "data.path is '/no/such/file', which does not exist"),

@@ -20,12 +20,10 @@ from distattn.errors import ConfigError
 from distattn.generate import Sampling, check_prompts, generate
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
-from distattn.jobs.settings import attention_spec, check_decoder, model_config
+from distattn.jobs.settings import check_decoder, layer_specs, model_config
 from distattn.model import DTYPES, Decoder
 from distattn.policies import HeaviestPages, Policy, SinksAndWindow
-from distattn.presets import dense
 from distattn.retrieval import Quest
-from distattn.spec import AttentionSpec
 
 CPU_RANKS = 1
 
@@ -162,12 +160,6 @@ def retrieved(config: Config) -> Quest | None:
     if pages is not None and RETRIEVED not in layer_specs(config):
         raise ConfigError(f"job.retrieve is {pages}; expected null, or attention=dense or model.dense_layers with it")
     return None if pages is None else Quest(pages)
-
-
-def layer_specs(config: Config) -> list[AttentionSpec]:
-    """One a layer."""
-    spec = attention_spec(config)
-    return [dense() if layer in config.model.dense_layers else spec for layer in range(config.model.layers)]
 
 
 def make_cache(config: Config, context: Context, max_len: int, sequences: int, **more: Any) -> Cache:

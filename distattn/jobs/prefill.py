@@ -25,11 +25,10 @@ from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
-from distattn.jobs.settings import attention_spec, check_decoder, model_config, plan_options
+from distattn.jobs.settings import attention_spec, check_decoder, layer_specs, model_config, plan_options
 from distattn.model import DTYPES, Decoder
 from distattn.operators import sent
 from distattn.plan import Plan, make_plan
-from distattn.presets import dense
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 
@@ -127,14 +126,10 @@ def _picture(plan: Plan, path: Path) -> str:
 
 
 def layer_plans(config: Config, context: Context) -> list[Plan]:
-    """One plan a layer, all with the layout of the first."""
+    """One plan a layer, all with the layout that suits `attention`."""
     options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks)
-    first = make_plan(attention_spec(config), mesh=mesh, **options)
-    plans = []
-    for layer in range(config.model.layers):
-        spec = dense() if layer in config.model.dense_layers else first.spec
-        plans.append(make_plan(spec, mesh=mesh, **options | {"layout": first.layout}))
-    return plans
+    layout = make_plan(attention_spec(config), mesh=mesh, **options).layout
+    return [make_plan(spec, mesh=mesh, **options | {"layout": layout}) for spec in layer_specs(config)]
 
 
 @dataclass(frozen=True)
