@@ -37,9 +37,15 @@ class TrainConfig(JobConfig):
     warmup: int = MISSING
     weight_decay: float = MISSING
     clip: float | None = MISSING
+    batch: int = MISSING
     accumulate: int = MISSING
+    curriculum: str = MISSING
+    choice_weight: float = MISSING
+    validate_every: int | None = MISSING
+    validate_windows: int = MISSING
     save_every: int = MISSING
     resume: str | None = MISSING
+    export: str | None = MISSING
 
 
 @dataclass
@@ -58,6 +64,20 @@ class GenerateConfig(JobConfig):
     keep_heaviest: int | None = MISSING
     keep_window: int | None = MISSING
     checkpoint: str | None = MISSING
+
+
+@dataclass
+class NeedleConfig(JobConfig):
+    """conf/job/needle.yaml."""
+
+    checkpoint: str | None = MISSING
+    tasks: list[str] = MISSING
+    lengths: list[int] = MISSING
+    depths: int = MISSING
+    samples: int = MISSING
+    attention: list[str] = MISSING
+    fidelity_rows: int = MISSING
+    picture: bool = MISSING
 
 
 @dataclass
@@ -123,6 +143,7 @@ class DataConfig:
     path: str | None = MISSING
     suffix: str | None = MISSING
     offset: int = MISSING
+    held_out: float | None = None
 
 
 @dataclass
@@ -202,6 +223,7 @@ def register() -> None:
         "prefill": PrefillConfig,
         "train": TrainConfig,
         "generate": GenerateConfig,
+        "needle": NeedleConfig,
         "verify": VerifyConfig,
         "plan": PlanConfig,
         "custom": CustomJobConfig,

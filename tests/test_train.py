@@ -25,7 +25,7 @@ from distattn import checkpoint
 from distattn.conf import schema
 from distattn.data import open_corpus
 from distattn.errors import CheckpointError, ConfigError, DistattnError, NotFinite
-from distattn.jobs import train
+from distattn.jobs import reading, train
 from distattn.jobs.context import Context
 from distattn.jobs.curve import Row, read
 from distattn.jobs.settings import attention_spec, plan_options
@@ -121,8 +121,8 @@ def run(context: Context, folder: str, overrides: list[str], stop: int | None = 
 
 
 def curve_of(folder: str | Path) -> list[tuple[float, ...]]:
-    """All that is reproducible: step, loss, bits per byte, learning rate, gradient norm."""
-    return [astuple(row)[:-1] for row in read(Path(folder) / train.CURVE)]
+    """All that is reproducible and there: all but the speed."""
+    return [tuple(x for x in astuple(row)[:-1] if x is not None) for row in read(Path(folder) / train.CURVE)]
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -160,7 +160,7 @@ def test_the_curve_does_not_depend_on_the_number_of_ranks(whole: dict[int, Path]
     one, two, four = (curve_of(whole[count]) for count in (1, 2, 4))
     assert [row[0] for row in one] == [*range(1, 11)]
     for row in one:
-        assert row[2] == row[1] / math.log(2)
+        assert row[2] == pytest.approx(row[1] / math.log(2), rel=1e-6)
     # An untrained model knows nothing of bytes: near log 256 nats; then it learns.
     assert abs(one[0][1] - math.log(256)) < 0.3 and one[-1][1] < one[0][1] - 1
     for other in (two, four):
@@ -202,7 +202,7 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
     rates = [0.001, 0.002, 0.003, *(0.0015 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
     clipped = 0
     for step, rate in enumerate(rates[:6], 1):
-        starts = [train.window_start(config, len(corpus), step, part) for part in range(2)]
+        starts = [start_of(config, len(corpus), step, part) for part in range(2)]
         texts = [torch.from_numpy(corpus.read(start, start + 302).astype("int64")) for start in starts]
         tokens = torch.stack([text[:-1] for text in texts])
         labels = torch.stack([text[1:] for text in texts])
@@ -223,15 +223,19 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
     assert clipped > 3
 
 
+def start_of(config: schema.Config, length: int, step: int, part: int, row: int = 0) -> int:
+    return reading.window_start(config, length, reading.random_of(config, step, part, row))
+
+
 def test_windows_differ_and_have_a_next_byte() -> None:
     config = config_of("data.offset=100")
     length = 100 + 301 + 5  # of which a window may begin at five
-    starts = [train.window_start(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    starts = [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
     assert {*starts} == {*range(100, 105)}
-    assert starts == [train.window_start(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert starts == [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
     assert starts[::2] != starts[1::2]  # of the two windows of a step
     other = config_of("data.offset=100", "seed=1")
-    assert starts != [train.window_start(other, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert starts != [start_of(other, length, step, part) for step in range(1, 60) for part in range(2)]
 
 
 HIERARCHICAL = ["attention=hierarchical", "attention.window=32", "attention.chunks=[16,64]", "attention.reach=[2]"]

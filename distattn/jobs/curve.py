@@ -14,8 +14,11 @@ class Row:
 
     Attributes:
         step: counted from 1.
-        loss: nats a byte, before the step's update.
-        bits_per_byte: the same in bits.
+        loss: what the step makes less, in nats, before its update.
+        bits_per_byte: of the text; answers do not count.
+        answer_bits: a byte of the answers; None without any.
+        chosen: share of the chunks with what is asked for that are chosen; None where no choice is taught.
+        held_out_bits: a byte of held-out text, after the update; None where it was not read.
         learning_rate: of this step.
         gradient_norm: over all parameters, before clipping.
         tokens_per_second: of all ranks together.
@@ -24,6 +27,9 @@ class Row:
     step: int
     loss: float
     bits_per_byte: float
+    answer_bits: float | None
+    chosen: float | None
+    held_out_bits: float | None
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
@@ -41,7 +47,7 @@ def read(path: Path) -> list[Row]:
         for values in list(csv.reader(file))[1:]:
             try:
                 step, *numbers = values
-                rows.append(Row(int(step), *map(float, numbers)))
+                rows.append(Row(int(step), *(float(x) if x else None for x in numbers)))  # type: ignore[arg-type]
             except (TypeError, ValueError):
                 break
     return rows

@@ -17,23 +17,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from distattn import checkpoint
+from distattn import checkpoint, weights
 from distattn.checkpoint import Saved
+from distattn.choice_loss import choice_loss
 from distattn.conf.schema import Config, TrainConfig
 from distattn.data import Corpus, open_corpus
 from distattn.errors import CheckpointError, ConfigError, NotFinite, PeerLost
+from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.curve import Curve, Row, read
 from distattn.jobs.machine import device_name, peak_bytes
 from distattn.jobs.prefill import layer_plans
-from distattn.jobs.settings import attention_spec, check_decoder, model_config
+from distattn.jobs.reading import Reader, Shard
+from distattn.jobs.settings import attention_spec, check_decoder, layer_specs, model_config
 from distattn.model import Decoder
+from distattn.windows import CURRICULA, Window
 
 CHECKPOINTS = "checkpoints"
 CURVE = "train.csv"
@@ -46,7 +49,7 @@ def check(config: Config) -> None:
     """Finds what cannot be trained before any process starts."""
     job = config.job
     assert isinstance(job, TrainConfig)
-    for name in ("steps", "accumulate", "save_every"):
+    for name in ("steps", "batch", "accumulate", "validate_windows", "save_every"):
         if getattr(job, name) < 1:
             raise ConfigError(f"job.{name} is {getattr(job, name)}; expected at least 1")
     if not 0 < job.learning_rate < math.inf:
@@ -72,13 +75,48 @@ def check(config: Config) -> None:
             "foretell; expected attention.causal=true, and attention.lookahead=false where there is one"
         )
     check_decoder(config)
+    _check_curriculum(config)
+    corpus, held_out = corpora(config)
+    for one, offset in ((corpus, config.data.offset), *([(held_out, 0)] if held_out else [])):
+        one.require(config.seq_len, offset)
+        if offset + config.seq_len == len(one):
+            raise ConfigError(
+                f"seq_len is {config.seq_len:,} bytes, all that {one.source} has; expected at least one byte more, "
+                "which the last one is to foretell"
+            )
+
+
+def _check_curriculum(config: Config) -> None:
+    job = config.job
+    assert isinstance(job, TrainConfig)
+    if job.curriculum not in CURRICULA:
+        raise ConfigError(f"job.curriculum is {job.curriculum!r}; expected one of {', '.join(CURRICULA)}")
+    if not 0 <= job.choice_weight < math.inf:
+        raise ConfigError(f"job.choice_weight is {job.choice_weight}; expected at least 0")
+    if job.choice_weight:
+        selects = [spec.select for spec in layer_specs(config) if spec.select is not None]
+        if job.curriculum != "recall" or not selects or any(select.score != "mean" for select in selects):
+            raise ConfigError(
+                f"job.choice_weight is {job.choice_weight}; expected 0, or job.curriculum=recall and attention that "
+                'chooses chunks by their mean keys (attention.score="mean")'
+            )
+    if job.validate_every is not None:
+        if job.validate_every < 1:
+            raise ConfigError(f"job.validate_every is {job.validate_every}; expected at least 1, or null")
+        if config.data.held_out is None:
+            raise ConfigError(
+                f"job.validate_every is {job.validate_every}, but data.held_out is null; expected a share"
+            )
+
+
+def corpora(config: Config) -> tuple[Corpus, Corpus | None]:
+    """What is learned from, and what is held out, if anything is.
+
+    Raises:
+        ConfigError: data.held_out leaves no file for one of them, or the source cannot be read.
+    """
     corpus = open_corpus(config.data.path, config.data.suffix)
-    corpus.require(config.seq_len, config.data.offset)
-    if config.data.offset + config.seq_len == len(corpus):
-        raise ConfigError(
-            f"seq_len is {config.seq_len:,} bytes, all that {corpus.source} has; expected at least one byte more, "
-            "which the last one is to foretell"
-        )
+    return (corpus, None) if config.data.held_out is None else corpus.split(config.data.held_out)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -92,7 +130,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     job = config.job
     assert isinstance(job, TrainConfig)
     group = None if context.mesh is None else context.mesh.get_group()
-    corpus = open_corpus(config.data.path, config.data.suffix)
+    corpus, held_out = corpora(config)
     _require_one_text(corpus, group)
     settings = settings_of(config, corpus)
     trainer = Trainer(config, context, corpus)
@@ -105,11 +143,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if context.rank == 0:
             context.log(f"training resumes after step {begun.step:,}, from {begun.path}")
 
+    every = job.validate_every
+    windows = [] if held_out is None or every is None else Reader(config, held_out).held_out(job.validate_windows)
     seconds = 0.0
     with Curve(path, first) if context.rank == 0 else nullcontext() as curve:
         for step in range(first + 1, job.steps + 1):
             row = trainer.step(step)
             seconds += trainer.tokens / row.tokens_per_second
+            if every is not None and (step % every == 0 or step == job.steps):
+                row = replace(row, held_out_bits=trainer.validate(windows))
             context.progress(
                 "train", step, job.steps, loss=f"{row.loss:.4f}", tokens_per_s=f"{row.tokens_per_second:,.0f}"
             )
@@ -126,6 +168,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     peaks = checkpoint.gather(group, peak_bytes(context))
     if context.rank:
         return {}
+    if job.export is not None:
+        weights.export(Path(job.export).expanduser(), trainer.model, exported(config, settings))
     rows = read(path)
     report = {
         "seq_len": config.seq_len,
@@ -139,6 +183,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "steps": job.steps,
         "resumed_after": first,
         "curve": [(row.step, row.bits_per_byte) for row in (rows[:1] + rows[-1:])],
+        "answer_bits": rows[-1].answer_bits,
+        "chosen": rows[-1].chosen,
+        "held_out_bits": rows[-1].held_out_bits,
+        "held_out": None if held_out is None else held_out.fingerprint,
+        "export": job.export,
         "seconds": seconds,
         "tokens_per_second": (job.steps - first) * trainer.tokens / seconds if seconds else None,
         "peak_bytes": peaks,
@@ -156,8 +205,10 @@ class Trainer:
         assert isinstance(job, TrainConfig)
         self.config, self.job, self.context, self.corpus = config, job, context, corpus
         self.group = None if context.mesh is None else context.mesh.get_group()
-        self.tokens = config.seq_len * job.accumulate
+        self.windows = job.accumulate * job.batch
+        self.tokens = config.seq_len * self.windows
         """Of a step, over all ranks."""
+        self.reader = Reader(config, corpus)
         self.plans = layer_plans(config, context)
         # What is learned stays in float32 where the arithmetic is bfloat16: small updates would be lost.
         sizes = model_config(config)
@@ -169,10 +220,11 @@ class Trainer:
             {"params": matrices, "weight_decay": job.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=job.learning_rate, betas=BETAS)
+        fused = {"fused": True} if context.device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(groups, lr=job.learning_rate, betas=BETAS, **fused)
         for p in self.parameters:  # as AdamW itself begins, but now: there must be something to read a checkpoint into
             self.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=p.device if fused else None),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
@@ -194,16 +246,22 @@ class Trainer:
         """
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
-        for part in range(self.job.accumulate):
-            nats += self._learn(window_start(self.config, len(self.corpus), step, part))
+        parts = self.reader.step(step)
+        # The weighted sum, the nats of text and of answers, and then the choice: its loss, how many are right, of all.
+        sums = torch.zeros(6, dtype=torch.float64, device=self.context.device)
+        for windows in parts:
+            sums += self._learn(windows)
+        choice = sums[3:].clone()  # on every rank that of all
         if self.group is not None:
             try:
-                dist.all_reduce(nats, group=self.group)
+                dist.all_reduce(sums, group=self.group)
                 sum_gradients(self.parameters, self.group)
             except RuntimeError as error:
                 raise PeerLost(f"step {step}: rank {self.context.rank}: summing gradients failed: {error}") from error
-        loss = nats.item() / self.tokens
+        weighted, text, answers = sums[:3].tolist()
+        lost, chosen, lookups = choice.tolist()
+        asked = sum(int(window.asked.sum()) for windows in parts for window in windows)
+        loss = weighted / self.windows + lost
         most = math.inf if self.job.clip is None else self.job.clip
         norm = clip_grad_norm_(self.parameters, most).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -216,18 +274,73 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         seconds = time.perf_counter() - began
-        return Row(step, loss, loss / math.log(2), rate, norm, self.tokens / seconds)
+        return Row(
+            step,
+            loss,
+            text / (self.tokens - asked) / math.log(2),
+            answers / asked / math.log(2) if asked else None,
+            chosen / lookups if lookups else None,
+            None,
+            rate,
+            norm,
+            self.tokens / seconds,
+        )
 
-    def _learn(self, start: int) -> Tensor:
-        """Adds the gradients of this rank's rows of a window to the parameters'; the sum of their losses, float64."""
-        segments, device = self.plans[0].segments, self.context.device
-        tokens = torch.from_numpy(self.corpus.read_segments(segments, start)).unsqueeze(0).to(device)
+    @torch.no_grad()
+    def validate(self, windows: Sequence[Window]) -> float:
+        """Bits a byte of windows; all ranks together, and the same on each.
+
+        Raises:
+            PeerLost: a rank ended or did not answer; `attend` raises it too.
+        """
+        nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
+        for window in windows:
+            shard = Shard([window], self.plans[0], self.context.device)
+            with self._autocast():
+                nats += self.model.loss(self.model(shard.tokens, self.plans), shard.labels).double().sum()
+        if self.group is not None:
+            try:
+                dist.all_reduce(nats, group=self.group)
+            except RuntimeError as error:
+                raise PeerLost(f"rank {self.context.rank}: summing the held-out loss failed: {error}") from error
+        return nats.item() / sum(len(window.labels) for window in windows) / math.log(2)
+
+    def _learn(self, windows: list[Window]) -> Tensor:
+        """Adds the gradients of this rank's rows of windows side by side to the parameters'.
+
+        Returns float64 [6]: see `step`; the first three of this rank's rows, the others of all.
+        """
         # By position from the text, so that the last row of a shard has the first byte of the next one.
-        labels = torch.from_numpy(self.corpus.labels(segments, start)).unsqueeze(0).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
-            nats = self.model.loss(self.model(tokens, self.plans), labels).double().sum()
-        (nats / self.tokens).backward()
-        return nats.detach()
+        shard = Shard(windows, self.plans[0], self.context.device)
+        choices: list[Tensor] = []
+        numbers: list[Tensor] = []
+
+        def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: AttentionExtras, _: Any) -> None:
+            if self.plans[layer].spec.select is None:
+                return
+            for row, lookups in enumerate(shard.lookups):
+                one = extras._replace(pool_keys=None if extras.pool_keys is None else extras.pool_keys[row : row + 1])
+                lost, found = choice_loss(q[row : row + 1], k[row : row + 1], self.plans[layer], lookups, one)
+                choices.append(lost / found[1].clamp(min=1))
+                numbers.append(found)
+
+        weight = self.job.choice_weight
+        with self._autocast():
+            hidden = self.model(shard.tokens, self.plans, observe if weight else None)
+            nats = self.model.loss(hidden, shard.labels)
+        weighted = (nats * shard.weights).sum()
+        loss = weighted / self.windows
+        found = nats.new_zeros(3, dtype=torch.float64)
+        if choices:
+            choice = torch.stack(choices).mean() * weight * len(windows) / self.windows
+            loss = loss + choice
+            found = torch.cat((choice.detach().double()[None], torch.stack(numbers).double().sum(0)))
+        loss.backward()
+        text, asked = ((nats.detach().double() * there).sum() for there in (~shard.asked, shard.asked))
+        return torch.cat((torch.stack((weighted.detach().double(), text, asked)), found))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.mixed)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -250,29 +363,31 @@ def learning_rate(job: TrainConfig, step: int) -> float:
     return job.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def window_start(config: Config, length: int, step: int, part: int) -> int:
-    """Where in a text of `length` bytes a window begins: drawn for the step and its part, from data.offset on.
-
-    A byte follows each window, so that all of its tokens have a label.
-    """
-    draw = np.random.default_rng((config.seed, step, part))
-    return int(draw.integers(config.data.offset, length - config.seq_len))
-
-
 def settings_of(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What the curve follows from, but for rounding: name -> a value of a JSON type."""
     job = config.job
     assert isinstance(job, TrainConfig)
     model = {name: value for name, value in vars(config.model).items() if name != "slice_rows"}
-    named = ("steps", "learning_rate", "warmup", "weight_decay", "clip", "accumulate")
+    named = ("steps", "learning_rate", "warmup", "weight_decay", "clip", "batch", "accumulate", "curriculum")
     return {
         **{f"model.{name}": value for name, value in model.items()},
-        **{f"job.{name}": getattr(job, name) for name in named},
+        **{f"job.{name}": getattr(job, name) for name in (*named, "choice_weight")},
         "attention": repr(attention_spec(config)),
         "seq_len": config.seq_len,
         "seed": config.seed,
         "data.offset": config.data.offset,
+        "data.held_out": config.data.held_out,
         "data": corpus.fingerprint,
+    }
+
+
+def exported(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the file of weights: how they were trained, and what overrides give the same layers."""
+    layers = ("dense_layers", "window_layers", "window")
+    return {
+        "training": settings,
+        "attention": dict(config.attention),
+        "layers": {name: getattr(config.model, name) for name in layers},
     }
 
 
@@ -364,10 +479,14 @@ def _text(r: dict[str, Any], folder: Path) -> str:
         ("attention", "; ".join(dict.fromkeys(r["attention"]))),
         ("parameters", f"{r['parameters']:,}"),
         ("bits per byte", ", ".join(f"{bits:.4f} at step {step:,}" for step, bits in r["curve"])),
+        *([("held out", f"{r['held_out_bits']:.4f} bits per byte")] if r["held_out_bits"] is not None else []),
+        *([("answers", f"{r['answer_bits']:.4f} bits per byte")] if r["answer_bits"] is not None else []),
+        *([("chosen", f"{r['chosen']:.1%} of the chunks that are asked for")] if r["chosen"] is not None else []),
         ("speed", speed),
         ("peak memory", ", ".join(f"rank {i}: {x / 2**30:.2f} GiB" for i, x in enumerate(r["peak_bytes"]))),
         ("curve", str(folder / CURVE)),
         ("checkpoint", str(r["checkpoint"])),
+        *([("weights", r["export"])] if r["export"] else []),
         ("report", str(folder / "report.json")),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in lines)

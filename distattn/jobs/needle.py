@@ -1,0 +1,385 @@
+"""job=needle: how often a trained decoder answers what is asked about a long text, and what its attention loses.
+
+A prompt and the right answer after it are read in one pass. Greedy decoding gives just that answer if and only if each
+of its bytes is the likeliest one after the prompt and the bytes before it: so one pass tells what decoding would.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from distattn import reference, tasks, weights
+from distattn.attend import Selection
+from distattn.conf.schema import Config, NeedleConfig
+from distattn.data import Corpus, open_corpus
+from distattn.errors import ConfigError, PeerLost
+from distattn.extras import AttentionExtras
+from distattn.jobs.context import Context
+from distattn.jobs.generate import check_weights, load_decoder
+from distattn.jobs.machine import device_name, synchronize
+from distattn.jobs.prefill import layer_plans
+from distattn.jobs.settings import attention_spec, check_decoder
+from distattn.model import Decoder, Observer
+from distattn.patterns import Causal
+from distattn.plan import Plan
+
+TRAINED, WINDOW = "trained", "window"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Prompts of one task, length, attention and depth.
+
+    Attributes:
+        attention: of the layers that are no window layers.
+        depth: where the first fact is, 0 to 1. prompts: how many. right: with the whole answer. bytes_right: share of
+            the answers' bytes.
+        bits_per_byte: of what is read before the question.
+        pairs: share of the causal pairs that are attended in the layers with this attention.
+        seconds: of a pass, the fastest.
+    """
+
+    task: str
+    length: int
+    attention: str
+    depth: float
+    prompts: int
+    right: int
+    bytes_right: float
+    bits_per_byte: float
+    pairs: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A layer's attention beside dense attention to the same keys and values.
+
+    Attributes:
+        error: norm of the difference by the norm of the dense output, the mean over rows and heads.
+        mass: of dense attention that lies on tokens which are attended exactly, the mean over rows and heads.
+    """
+
+    length: int
+    attention: str
+    layer: int
+    rows: int
+    error: float
+    mass: float
+
+
+def check(config: Config) -> None:
+    """Finds what cannot be asked before any process starts."""
+    job = _job(config)
+    for name in ("depths", "samples"):
+        if getattr(job, name) < 1:
+            raise ConfigError(f"job.{name} is {getattr(job, name)}; expected at least 1")
+    if job.fidelity_rows < 0:
+        raise ConfigError(f"job.fidelity_rows is {job.fidelity_rows}; expected at least 0")
+    for name in ("tasks", "lengths", "attention"):
+        if not getattr(job, name):
+            raise ConfigError(f"job.{name} is empty; expected at least one")
+    for task in job.tasks:
+        if task not in tasks.TASKS:
+            raise ConfigError(f"job.tasks has {task!r}; expected of {', '.join(tasks.TASKS)}")
+    least = config.layout.block_q
+    if min(job.lengths) < max(least, 1024):
+        raise ConfigError(f"job.lengths has {min(job.lengths)}; expected at least {max(least, 1024)}")
+    for name in job.attention:
+        one = with_attention(config, name, max(job.lengths))
+        check_decoder(one)
+        spec = attention_spec(one)
+        if not spec.causal or (spec.select is not None and spec.select.lookahead):
+            raise ConfigError(f"job.attention has {name!r}, which lets a token depend on what follows; expected none")
+    check_weights(config, weights_of(job))
+    haystack(config)
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Asks, and reports."""
+    job = _job(config)
+    if job.fidelity_rows and context.world_size > 1:
+        raise ConfigError(f"job.fidelity_rows is {job.fidelity_rows}; expected 0 on {context.world_size} ranks")
+    text = haystack(config)
+    model = load_decoder(config, context, weights_of(job))
+    rows: list[Row] = []
+    fidelities: list[Fidelity] = []
+    total = len(job.lengths) * len(job.attention) * len(job.tasks) * job.depths * job.samples
+    done = 0
+    for length in job.lengths:
+        for name in job.attention:
+            plans = layer_plans(with_attention(config, name, length), context)
+            for number, task in enumerate(job.tasks):
+                observer = None
+                if job.fidelity_rows and not number:
+                    layers = {*range(config.model.layers)} - {*config.model.window_layers}
+                    observer = Comparison(plans, layers, name, job.fidelity_rows, config.seed)
+                for depth in ((n + 0.5) / job.depths for n in range(job.depths)):
+                    found = []
+                    for seed in range(job.samples):
+                        rng = np.random.default_rng((config.seed, length, seed, int(depth * 1e6)))
+                        sample = tasks.sample(task, length, text, rng, depth)
+                        found.append(ask(model, plans, sample, context, observer.observe if observer else None))
+                        if observer is not None:
+                            fidelities += observer.found
+                            observer = None
+                        done += 1
+                        context.progress("needle", done, total, length=f"{length:,}", attention=name)
+                    rows.append(_row(task, length, name, depth, found, plans, config))
+    if context.rank:
+        return {}
+    folder = context.output_dir
+    _write(folder / "needle.csv", rows)
+    if fidelities:
+        _write(folder / "fidelity.csv", fidelities)
+    report = {
+        "device": device_name(context),
+        "world_size": context.world_size,
+        "dtype": config.model.dtype,
+        "checkpoint": job.checkpoint,
+        "rows": [vars(row) for row in rows],
+        "fidelity": [vars(one) for one in fidelities],
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    lines = [_table(rows)]
+    if fidelities:
+        lines.append(_fidelity_table(fidelities))
+    if job.picture:
+        lines.append(_pictures(rows, folder))
+    lines.append(f"report            {folder / 'report.json'}; needle.csv beside it")
+    return {"report": "\n\n".join(lines), **report}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """right: of the answer's bytes, the likeliest ones. size: bytes of the answer. bits: a byte before the question."""
+
+    right: int
+    size: int
+    bits: float
+    seconds: float
+
+
+@torch.no_grad()
+def ask(
+    model: Decoder, plans: Sequence[Plan], sample: tasks.Sample, context: Context, observe: Observer | None = None
+) -> Answered:
+    """One prompt with its answer, over all ranks; the same on each.
+
+    Raises:
+        PeerLost: a rank ended or did not answer; `attend` raises it too.
+    """
+    text = np.frombuffer(sample.prompt + sample.answer, np.uint8)
+    plan, first = plans[0], len(sample.prompt)
+    rows = plan.positions.numpy()
+    tokens = torch.from_numpy(text[rows]).unsqueeze(0).to(context.device)
+    labels = (
+        torch.from_numpy(text[np.minimum(rows + 1, len(text) - 1)].astype(np.int64)).unsqueeze(0).to(context.device)
+    )
+    synchronize(context)
+    began = time.perf_counter()
+    hidden = model(tokens, plans, observe)
+    answers = torch.from_numpy(np.flatnonzero((rows >= first - 1) & (rows < len(text) - 1))).to(context.device)
+    right = (model.logits(hidden[0, answers]).argmax(-1) == labels[0, answers]).sum()
+    synchronize(context)
+    seconds = time.perf_counter() - began
+    before = torch.from_numpy(rows < first - 256).to(context.device)
+    nats = model.loss(hidden, labels)[0, before].double().sum()
+    sums = torch.stack((right.double(), nats, before.sum().double()))
+    if context.mesh is not None:
+        try:
+            dist.all_reduce(sums, group=context.mesh.get_group())
+        except RuntimeError as error:
+            raise PeerLost(f"rank {context.rank}: adding up answers failed: {error}") from error
+    return Answered(int(sums[0]), len(sample.answer), float(sums[1] / sums[2] / math.log(2)), seconds)
+
+
+def weights_of(job: NeedleConfig) -> str:
+    """The path of job.checkpoint, or of the shipped weights."""
+    return job.checkpoint or str(weights.SHIPPED)
+
+
+def with_attention(config: Config, name: str, length: int) -> Config:
+    """The configuration of a sequence of that length, with what an entry of job.attention stands for.
+
+    Raises:
+        ConfigError: there is no such file in conf/attention.
+    """
+    if name == TRAINED:
+        return replace(config, seq_len=length)
+    if name == WINDOW:
+        return replace(config, seq_len=length, attention={"name": "mistral", "window": config.model.window})
+    folder = files("distattn.conf") / "attention"
+    names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    if name not in names:
+        raise ConfigError(f"job.attention has {name!r}; expected of {', '.join((TRAINED, WINDOW, *names))}")
+    around = {"seq_len": length, "seed": config.seed, "model": {"heads": config.model.heads}}
+    loaded = OmegaConf.create({**around, "attention": OmegaConf.load(str(folder / f"{name}.yaml"))})
+    values: Any = OmegaConf.to_container(loaded.attention, resolve=True)
+    return replace(config, seq_len=length, attention=dict(values))
+
+
+def haystack(config: Config) -> tasks.Bytes:
+    """The text that facts are planted in: the held-out files, where there are some.
+
+    Raises:
+        ConfigError: the source cannot be read.
+    """
+    corpus: Corpus = open_corpus(config.data.path, config.data.suffix)
+    if config.data.held_out is not None:
+        corpus = corpus.split(config.data.held_out)[1]
+    return corpus.read(min(config.data.offset, len(corpus) - 1), len(corpus))
+
+
+class Comparison:
+    """Observes the layers of a pass, and compares rows of them with dense attention; on one rank."""
+
+    def __init__(self, plans: Sequence[Plan], layers: set[int], attention: str, rows: int, seed: int) -> None:
+        self.plans, self.layers, self.attention, self.found = plans, layers, attention, list[Fidelity]()
+        length = plans[0].seq_len
+        self.rows = np.unique(np.random.default_rng(seed).integers(length // 2, length, rows))
+
+    def observe(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        extras: AttentionExtras,
+        selection: Selection | None,
+    ) -> None:
+        if layer not in self.layers:
+            return
+        plan = self.plans[layer]
+        place = torch.from_numpy(self.rows).to(q.device)
+        queries = q[:, place].double()
+        dense, lse = reference.attention_rows(queries, place.cpu(), k, v, Causal())
+        _, exact = reference.attention_rows(queries, place.cpu(), k, v, plan.spec.tokens)
+        mass = (exact - lse).exp()[0]  # [rows, heads]
+        if selection is not None and plan.spec.select is not None:
+            mass = mass + self._chosen_mass(queries[0], k[0], lse[0], plan, selection)
+        got = out[:, place].double()
+        error = (got - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-30)
+        numbers = float(error.mean()), float(mass.mean())
+        self.found.append(Fidelity(plan.seq_len, self.attention, layer, len(self.rows), *numbers))
+
+    def _chosen_mass(self, q: Tensor, k: Tensor, lse: Tensor, plan: Plan, selection: Selection) -> Tensor:
+        """[rows, heads] of dense attention on the chosen chunks' tokens, but for those that are attended anyway."""
+        select = plan.spec.select
+        assert select is not None
+        step = 1 if select.per == "token" else select.chunk
+        heads, tables = q.shape[1], selection.chunks.shape[1]
+        share, mass = heads // k.shape[1], torch.zeros_like(lse)
+        for n, row in enumerate(self.rows.tolist()):
+            for head in range(heads):
+                chosen = selection.chunks[0, head * tables // heads, row // step]
+                chosen = chosen[chosen >= 0].long()
+                keys = (chosen[:, None] * select.chunk + torch.arange(select.chunk, device=q.device)).flatten()
+                keys = keys[keys <= row]
+                allowed = plan.spec.tokens.allows(np.full(len(keys), row), keys.cpu().numpy())
+                keys = keys[torch.from_numpy(~allowed).to(q.device)]
+                scores = k[keys, head // share].double() @ q[n, head] * q.shape[2] ** -0.5
+                mass[n, head] = (scores - lse[n, head]).exp().sum()
+        return mass
+
+
+def _row(
+    task: str, length: int, attention: str, depth: float, found: list[Answered], plans: list[Plan], config: Config
+) -> Row:
+    own = [plan for layer, plan in enumerate(plans) if layer not in config.model.window_layers]
+    pairs = sum(work.pairs for plan in own for work in plan.work())
+    causal = sum(plan.heads * length * (length + 1) / 2 for plan in own)
+    return Row(
+        task,
+        length,
+        attention,
+        round(depth, 4),
+        len(found),
+        sum(one.right == one.size for one in found),
+        sum(one.right for one in found) / sum(one.size for one in found),
+        sum(one.bits for one in found) / len(found),
+        pairs / max(causal, 1),
+        min(one.seconds for one in found),
+    )
+
+
+def _write(path: Path, rows: Sequence[Row] | Sequence[Fidelity]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(vars(rows[0]))
+        writer.writerows(vars(row).values() for row in rows)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Accuracy by length; depths together."""
+    lines = [
+        f"{'task':<16}{'attention':<14}{'length':>10}{'right':>12}{'bytes':>8}{'bits/byte':>11}{'pairs':>9}{'s':>8}",
+    ]
+    for key in dict.fromkeys((row.task, row.attention, row.length) for row in rows):
+        some = [row for row in rows if (row.task, row.attention, row.length) == key]
+        right, prompts = sum(row.right for row in some), sum(row.prompts for row in some)
+        share, bits = (sum(getattr(row, x) for row in some) / len(some) for x in ("bytes_right", "bits_per_byte"))
+        lines.append(
+            f"{key[0]:<16}{key[1]:<14}{key[2]:>10,}{f'{right} of {prompts}':>12}{share:>8.0%}{bits:>11.3f}"
+            f"{some[0].pairs:>9.2%}{min(row.seconds for row in some):>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _fidelity_table(found: Sequence[Fidelity]) -> str:
+    lines = [f"{'attention':<14}{'length':>10}{'layer':>7}{'error':>10}{'mass':>8}"]
+    lines += [f"{x.attention:<14}{x.length:>10,}{x.layer:>7}{x.error:>10.1%}{x.mass:>8.1%}" for x in found]
+    return "\n".join(lines)
+
+
+def _pictures(rows: Sequence[Row], folder: Path) -> str:
+    """Draws a heat map of each task and attention, and says where they are, or why not."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "pictures          not drawn: matplotlib is not installed (pip install distattn[plot])"
+    paths = []
+    for task, attention in dict.fromkeys((row.task, row.attention) for row in rows):
+        some = [row for row in rows if (row.task, row.attention) == (task, attention)]
+        lengths, depths = (sorted({getattr(row, x) for row in some}) for x in ("length", "depth"))
+        share = np.full((len(depths), len(lengths)), np.nan)
+        for row in some:
+            share[depths.index(row.depth), lengths.index(row.length)] = row.right / row.prompts
+        figure, axes = pyplot.subplots(
+            figsize=(1.2 * len(lengths) + 2.5, 0.4 * len(depths) + 1.5), layout="constrained"
+        )
+        image = axes.imshow(share, vmin=0, vmax=1, aspect="auto", cmap="RdYlGn")
+        for (y, x), value in np.ndenumerate(share):
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(xlabel="length (bytes)", ylabel="depth of the fact", title=f"{task}, {attention}")
+        figure.colorbar(image, label="answers that are right")
+        path = folder / f"{task}_{attention}.png"
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        paths.append(path.name)
+    return f"pictures          {', '.join(paths)} in {folder}"
+
+
+def _job(config: Config) -> NeedleConfig:
+    assert isinstance(config.job, NeedleConfig)
+    return config.job

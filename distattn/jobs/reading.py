@@ -1,0 +1,88 @@
+"""What the steps of a training run read: drawn from the seed and the step's number, and a step ahead of need."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distattn.conf.schema import Config, TrainConfig
+from distattn.data import Corpus
+from distattn.plan import Plan
+from distattn.windows import Window, recall_window, text_window
+
+
+class Shard:
+    """This rank's rows of windows that lie side by side.
+
+    Attributes:
+        tokens, labels: [batch, plan.tokens]. weights: float32, the same, of the labels' losses; those of all ranks'
+            rows of a window have the sum 1. asked: bool, the same.
+        lookups: of each window, int64 [m, 2], see :class:`Window`; of whole windows.
+    """
+
+    def __init__(self, windows: list[Window], plan: Plan, device: torch.device) -> None:
+        rows = np.concatenate([np.arange(*segment) for segment in plan.segments] or [np.empty(0, np.int64)])
+
+        def mine(parts: list[NDArray[np.generic]]) -> Tensor:
+            x = torch.from_numpy(np.stack([part[rows] for part in parts]))
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+        self.tokens, self.labels = mine([w.tokens for w in windows]), mine([w.labels for w in windows])
+        self.asked = mine([w.asked for w in windows])
+        self.weights = mine([w.weights.astype(np.float32) for w in windows])
+        self.lookups = [torch.from_numpy(w.lookups).to(device, non_blocking=True) for w in windows]
+
+
+class Reader:
+    """Windows of a corpus, the same on every rank.
+
+    Those of the next step are drawn on a thread while a step is computed.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        assert isinstance(config.job, TrainConfig)
+        self._config, self._job, self._corpus = config, config.job, corpus
+        self._thread = ThreadPoolExecutor(1, "windows")
+        self._ahead: tuple[int, Future[list[list[Window]]]] | None = None
+
+    def step(self, step: int) -> list[list[Window]]:
+        """job.accumulate times job.batch windows."""
+        ahead, self._ahead = self._ahead, None
+        found = ahead[1].result() if ahead is not None and ahead[0] == step else self._draw(step)
+        if step < self._job.steps:
+            self._ahead = step + 1, self._thread.submit(self._draw, step + 1)
+        return found
+
+    def held_out(self, count: int) -> list[Window]:
+        """Windows in equal distances, whatever the seed; of the whole corpus of this reader."""
+        size = self._config.seq_len
+        last = len(self._corpus) - size - 1
+        return [text_window(self._corpus, last * n // max(count - 1, 1), size) for n in range(count)]
+
+    def _draw(self, step: int) -> list[list[Window]]:
+        parts, rows = range(self._job.accumulate), range(self._job.batch)
+        return [[self._window(step, part, row) for row in rows] for part in parts]
+
+    def _window(self, step: int, part: int, row: int) -> Window:
+        size, rng = self._config.seq_len, random_of(self._config, step, part, row)
+        first = window_start(self._config, len(self._corpus), rng)
+        if self._job.curriculum == "recall":
+            return recall_window(self._corpus, first, size, rng)
+        return text_window(self._corpus, first, size)
+
+
+def random_of(config: Config, step: int, part: int, row: int) -> np.random.Generator:
+    """For a window of a step."""
+    return np.random.default_rng((config.seed, step, part, row) if row else (config.seed, step, part))
+
+
+def window_start(config: Config, length: int, rng: np.random.Generator) -> int:
+    """Where in a text of `length` bytes a window begins, from data.offset on.
+
+    A byte follows each window, so that all of its tokens have a label.
+    """
+    return int(rng.integers(config.data.offset, length - config.seq_len))
