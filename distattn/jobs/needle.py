@@ -377,7 +377,32 @@ def _pictures(rows: Sequence[Row], folder: Path) -> str:
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
         paths.append(path.name)
+    if len({row.attention for row in rows}) > 2:
+        paths.append(_frontier(rows, folder, pyplot).name)
     return f"pictures          {', '.join(paths)} in {folder}"
+
+
+def _frontier(rows: Sequence[Row], folder: Path, pyplot: Any) -> Path:
+    """Draws accuracy by the time of a pass at the greatest length, a point for each attention, and returns the path."""
+    length = max(row.length for row in rows)
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    points = []
+    for name in dict.fromkeys(row.attention for row in rows):
+        some = [row for row in rows if (row.attention, row.length) == (name, length)]
+        seconds, right = min(row.seconds for row in some), sum(row.right for row in some)
+        points.append((seconds * 1e3, right / sum(row.prompts for row in some), name))
+    best = -1.0
+    for x, y, name in sorted(points, key=lambda point: (point[0], -point[1])):
+        axes.scatter(x, y, color="tab:green" if y > best else "tab:gray", zorder=3)
+        axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=20)
+        best = max(best, y)
+    axes.set(xlabel="milliseconds of a pass", ylabel="answers that are right", ylim=(-0.05, 1.15), xscale="log")
+    axes.set_title(f"{length:,} bytes; green: none is both faster and better")
+    axes.grid(alpha=0.3)
+    path = folder / "frontier.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def _job(config: Config) -> NeedleConfig:

@@ -52,6 +52,8 @@ def check(config: Config) -> None:
     for name in ("steps", "batch", "accumulate", "validate_windows", "save_every"):
         if getattr(job, name) < 1:
             raise ConfigError(f"job.{name} is {getattr(job, name)}; expected at least 1")
+    if job.until is not None and not 1 <= job.until <= job.steps:
+        raise ConfigError(f"job.until is {job.until}; expected 1 to job.steps, {job.steps}, or null")
     if not 0 < job.learning_rate < math.inf:
         raise ConfigError(f"job.learning_rate is {job.learning_rate}; expected more than 0")
     if not 0 <= job.warmup <= job.steps:
@@ -143,21 +145,19 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if context.rank == 0:
             context.log(f"training resumes after step {begun.step:,}, from {begun.path}")
 
-    every = job.validate_every
+    every, last = job.validate_every, job.steps if job.until is None else job.until
     windows = [] if held_out is None or every is None else Reader(config, held_out).held_out(job.validate_windows)
     seconds = 0.0
     with Curve(path, first) if context.rank == 0 else nullcontext() as curve:
-        for step in range(first + 1, job.steps + 1):
+        for step in range(first + 1, last + 1):
             row = trainer.step(step)
             seconds += trainer.tokens / row.tokens_per_second
-            if every is not None and (step % every == 0 or step == job.steps):
+            if every is not None and (step % every == 0 or step == last):
                 row = replace(row, held_out_bits=trainer.validate(windows))
-            context.progress(
-                "train", step, job.steps, loss=f"{row.loss:.4f}", tokens_per_s=f"{row.tokens_per_second:,.0f}"
-            )
+            context.progress("train", step, last, loss=f"{row.loss:.4f}", tokens_per_s=f"{row.tokens_per_second:,.0f}")
             if curve is not None:
                 curve.add(row)
-            if step % job.save_every == 0 or step == job.steps:
+            if step % job.save_every == 0 or step == last:
                 if curve is not None:
                     curve.flush()
                 require_equal(trainer.state(), step, group)
@@ -180,16 +180,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "attention": [plan.spec.text for plan in trainer.plans],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "tokens_per_step": trainer.tokens,
-        "steps": job.steps,
+        "steps": last,
         "resumed_after": first,
         "curve": [(row.step, row.bits_per_byte) for row in (rows[:1] + rows[-1:])],
-        "answer_bits": rows[-1].answer_bits,
-        "chosen": rows[-1].chosen,
-        "held_out_bits": rows[-1].held_out_bits,
+        "answer_bits": rows[-1].answer_bits if rows else None,
+        "chosen": rows[-1].chosen if rows else None,
+        "held_out_bits": rows[-1].held_out_bits if rows else None,
         "held_out": None if held_out is None else held_out.fingerprint,
         "export": job.export,
         "seconds": seconds,
-        "tokens_per_second": (job.steps - first) * trainer.tokens / seconds if seconds else None,
+        "tokens_per_second": (last - first) * trainer.tokens / seconds if seconds else None,
         "peak_bytes": peaks,
         "checkpoint": None if previous is None else str(previous),
     }
@@ -258,12 +258,11 @@ class Trainer:
                 sum_gradients(self.parameters, self.group)
             except RuntimeError as error:
                 raise PeerLost(f"step {step}: rank {self.context.rank}: summing gradients failed: {error}") from error
-        weighted, text, answers = sums[:3].tolist()
-        lost, chosen, lookups = choice.tolist()
         asked = sum(int(window.asked.sum()) for windows in parts for window in windows)
-        loss = weighted / self.windows + lost
         most = math.inf if self.job.clip is None else self.job.clip
-        norm = clip_grad_norm_(self.parameters, most).item()
+        total = clip_grad_norm_(self.parameters, most).double()
+        weighted, text, answers, lost, chosen, lookups, norm = torch.cat((sums[:3], choice, total[None])).tolist()
+        loss = weighted / self.windows + lost
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(
                 f"step {step}: the loss is {loss} and the norm of its gradient {norm}; expected finite numbers "
