@@ -82,10 +82,33 @@ def test_depth_is_kept_to_a_line(task: str, depth: float, seed: int) -> None:
     first, stop = sample.evidence[0]
     room = len(sample.prompt) - len(fact.question) - sum(map(len, fact.statements))
     longest = 60  # of a line of the source
-    lines = sum(len(line) + 1 for line in sample.prompt[:first].split(b"\n") if b"access code" in line or b" = '" in line)
+    lines = sum(
+        len(line) + 1 for line in sample.prompt[:first].split(b"\n") if b"access code" in line or b" = '" in line
+    )
     if lines == 0:  # the text before it is all of the source
         assert depth * room - longest <= first <= depth * room
     assert all(at >= first for at, _ in sample.evidence)
+
+
+@pytest.mark.parametrize("task", ("niah_multikey", "recall"))
+def test_nothing_else_is_said_of_what_is_asked_for(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few names, that the source has as well."""
+    monkeypatch.setattr(tasks, "word", lambda rng: ("file", "name", "mode", "code", "data")[rng.integers(5)])
+    for seed in range(20):
+        sample = tasks.sample(task, 8192, SOURCE, np.random.default_rng(seed))
+        assert solve(task, sample.prompt.decode()) == sample.answer.decode()
+        assert task != "recall" or not sample.prompt.endswith(b"\nfile = '")
+
+
+def test_what_cannot_be_drawn_gets_a_sentence() -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(ConfigError, match="task is 'nlah'; expected one of niah_single, niah_multikey, "):
+        tasks.sample("nlah", 4096, SOURCE, rng)
+    with pytest.raises(ConfigError, match=r"depth is 1.5; expected 0 to 1"):
+        tasks.sample("vt", 4096, SOURCE, rng, 1.5)
+    own = np.frombuffer(b"# The variable x is 1.\n", np.uint8)
+    with pytest.raises(ConfigError, match="text states facts as the task vt does; expected another text"):
+        tasks.sample("vt", 4096, own, rng)
 
 
 def test_the_same_seed_draws_the_same_and_another_another() -> None:
