@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distattn.exchange import Exchange
 from distattn.kernels.rows import merge_all
+from distattn.kernels.uploads import upload
 from distattn.paged import Tiles
 from distattn.spans import Bools, Ints
 
@@ -73,7 +74,7 @@ class Routes:
 
     def go(
         self, q: Tensor, k: Tensor, v: Tensor, plain: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, tuple[slice | Tensor, Tensor, Tensor], tuple[Tensor, ...] | None]:
         """Sends this rank's rows out, and receives what is meant for this rank.
 
         Args:
@@ -81,7 +82,7 @@ class Routes:
             plain: what is pooled instead of k; with ``everywhere``.
 
         Returns:
-            the query tiles [places, heads, head_dim]; (slots int64 [n], k, v) that stay here; and with ``everywhere``
+            the query tiles [places, heads, head_dim]; (slots of n rows, k, v) that stay here; and with ``everywhere``
             queries and what is pooled of all rows, (q [rows, ..], plain, v).
         """
         if self.stays_here:
@@ -199,11 +200,11 @@ class Routes:
 
     def _as_slice(self, rows: Ints) -> slice | Tensor:
         if len(rows) and not (np.diff(rows) == 1).all():
-            return torch.from_numpy(rows).to(self.device)
+            return upload([rows], self.device)[0]
         first = int(rows[0]) if len(rows) else 0
         return slice(first, first + len(rows))
 
     @cached_property
-    def _slots(self) -> Tensor:
-        """int64: where the keys stay that come to this rank, in the order in which they come."""
-        return torch.from_numpy(self.slot[self.owner == self.rank]).to(self.device)
+    def _slots(self) -> slice | Tensor:
+        """Where the keys stay that come to this rank, in the order in which they come."""
+        return self._as_slice(self.slot[self.owner == self.rank])
