@@ -17,7 +17,8 @@ from distattn.plan import make_plan
 from distattn.rotary import rotary_table, rotate
 
 LENGTH, CHUNK, WINDOW, HEADS, KV_HEADS, DIM = 300, 16, 32, 4, 2, 8  # the last chunk is short
-# Rows and what they must find. The third is in the window and does not count; tiles count the first, second and fifth once.
+# Rows and what they must find. The third is in the window and does not count; for tiles the first, second and fifth are
+# one.
 LOOKUPS = np.array([[90, 20], [91, 30], [150, 140], [150, 120], [92, 21], [200, 3], [299, 260], [295, 100]])
 SPECS = {
     "tile": {"per": "tile"},
