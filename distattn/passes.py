@@ -134,7 +134,7 @@ class Pass:
                 out=some_out,
                 lse=some_lse,
                 scale=scale,
-                resume=stage.resumes,
+                before=some_out if stage.resumes else None,
             )
             shared_here, pages_here = pending
             if number + 1 < len(stages):
@@ -166,15 +166,16 @@ class Pass:
 
         def run(source: Source) -> None:
             for b in range(q.shape[0]):
+                so_far = out[b : b + 1]
                 attention_forward(
                     q[b : b + 1],
                     _pages_of(source.own, b),
                     _pages_of(source.guests, b),
                     source.tables[b],
-                    out[b : b + 1],
+                    so_far,
                     lse[b : b + 1],
                     scale=scale,
-                    resume=True,
+                    before=so_far,
                     bias=_bias_of(source.bias, b),
                 )
 

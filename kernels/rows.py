@@ -199,6 +199,21 @@ def _each_run(x: Tensor, places: Places, values: Tensor, apply: Callable[[Tensor
     x[where] = old
 
 
+def copy_tiles(x: Tensor, out: Tensor, tiles: Tensor, head_table: tuple[int, ...], block: int) -> None:
+    """Copies tiles of x to out, which may have another dtype.
+
+    x, out: [batch, tokens, heads, dim]. tiles: bool [tables, tiles], which tiles of ``block`` tokens, by the table of a
+    head.
+    """
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.copy_tiles(x, out, tiles, head_table, block)
+        return
+    rows = tiles[list(head_table)].repeat_interleave(block, 1)[:, : x.shape[1]].T
+    out[:, rows] = x[:, rows].to(out.dtype)
+
+
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from attention over each.
 

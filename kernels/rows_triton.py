@@ -11,6 +11,8 @@ from torch import Tensor
 
 from distattn.kernels.launching import Part, Recording, kinds
 from distattn.kernels.rows import Places
+from distattn.kernels.walk_triton import UNIT_SIZE
+from distattn.kernels.work import query_units
 
 _PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -154,6 +156,38 @@ def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
 
 def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
     _chunks(x, values, page, head, _ADD)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _copy_tiles(
+    x, out, chosen, units, tokens, tiles, x_b, x_n, x_h, out_b, out_n, out_h,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, head, batch)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    unit = units + tl.program_id(1) * UNIT_SIZE
+    head, batch = tl.load(unit + 1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    there = row < tokens
+    there &= tl.load(chosen + tl.load(unit) * tiles + row // BLOCK, mask=there, other=0) != 0
+    d = tl.arange(0, DIM_2)
+    mask = there[:, None] & (d < DIM)
+    row = row.to(tl.int64)[:, None]
+    values = tl.load(x + batch * x_b + head * x_h + row * x_n + d, mask=mask)
+    tl.store(out + batch * out_b + head * out_h + row * out_n + d, values.to(out.dtype.element_ty), mask=mask)
+
+
+def copy_tiles(x: Tensor, out: Tensor, tiles: Tensor, head_table: tuple[int, ...], block: int) -> None:
+    batch, tokens, heads, dim = x.shape
+    if not x.numel():
+        return
+    assert x.stride(3) == out.stride(3) == 1
+    units, *_ = query_units(head_table, heads, 1, x.device)
+    dim_2 = triton.next_power_of_2(dim)
+    rows = max(1, 8192 // dim_2)
+    _copy_tiles[(triton.cdiv(tokens, rows), heads, batch)](
+        x, out, tiles.to(torch.int8), units, tokens, tiles.shape[1], *x.stride()[:3], *out.stride()[:3],
+        BLOCK=block, DIM=dim, DIM_2=dim_2, ROWS=rows,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])

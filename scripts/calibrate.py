@@ -117,7 +117,7 @@ def runs_of(
 
     def resume() -> None:
         attention_forward(
-            q, own, nobody, table(), summed, summed_lse, scale=q.shape[3] ** -0.5, resume=True, bias=biases
+            q, own, nobody, table(), summed, summed_lse, scale=q.shape[3] ** -0.5, before=summed, bias=biases
         )
 
     def backward() -> None:
