@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distattn.arena import GuestQueries, Stage
-from distattn.chosen import Asked, ChosenChunks
+from distattn.chosen import Asked, Asks, ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
 from distattn.kernels.attention import (
     Biases,
@@ -29,6 +29,7 @@ from distattn.kernels.rows import add_rows, merge
 from distattn.kernels.selected import AnyTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan
+from distattn.rounds import Rounds
 
 
 class Source(NamedTuple):
@@ -78,7 +79,10 @@ class Pass:
 
     tokens: whether the plan's pattern is attended; else only ``sources`` are.
     sources: what is attended beside it, under the same softmax. chosen: int32 [batch, tables, tiles, n]: chunks that
-    are attended, too.
+    are attended, too. asks: for these, where ranks have begun to ask before.
+
+    A forward pass with chosen chunks asks for them first, attends its own pattern while the asks travel and the sources
+    while chunks do, and the chunks last, in one launch. What is launched last writes the result.
     """
 
     def __init__(
@@ -88,15 +92,18 @@ class Pass:
         tokens: bool = True,
         sources: Sequence[Source] = (),
         chosen: Tensor | None = None,
+        asks: Asks | None = None,
     ) -> None:
         self.plan = plan
         self.exchange = Exchange(plan.group_name, plan.rank, counter, plan.key)
         self.stages = plan.stages if tokens else ()
         self.queries = plan.guest_queries if tokens else None
-        self.sources, self.chosen = sources, chosen
+        self.sources, self.chosen, self.asks = sources, chosen, asks
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
         """(out, lse, what the backward pass reads again)."""
+        if self.chosen is not None and self.asks is None:
+            self.asks = Asks(self.plan, self.exchange, self.chosen)
         more = bool(self.sources) or self.chosen is not None
         return self.finish(self.begin(q, k, v, scale, more), q, k, v, scale)
 
@@ -153,18 +160,22 @@ class Pass:
         kept = Kept(guests, guest_q, q.new_empty(0), *Asked.nothing(q.device))
         if self.sources or self.chosen is not None:
             rows = self._global_rows(q.device)
-            before = out[:, rows], lse[:, rows]
-            kept = kept._replace(**self._attend_more(q, Pages(k, v), out, lse, scale))
-            out[:, rows], lse[:, rows] = before  # global queries have seen everything
+            global_out, global_lse = out[:, rows], lse[:, rows]
+            out, more = self._attend_more(q, Pages(k, v), out, lse, scale)
+            kept = kept._replace(**more)
+            out[:, rows], lse[:, rows] = global_out.to(out.dtype), global_lse  # these queries have seen everything
         if self.queries is not None:
             queries_here.wait()
             self._attend_guest_queries(self.queries, guest_q, Pages(k, v), out, lse, scale)
         return out.to(q.dtype), lse, kept
 
-    def _attend_more(self, q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float) -> dict[str, Tensor]:
-        """Goes on with sources and chosen chunks, each round of these while the next one travels."""
+    def _attend_more(
+        self, q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Goes on with sources and chosen chunks: the result, in the dtype of q, and what of ``Kept`` they add."""
+        result = out if out.dtype == q.dtype else q.new_empty(out.shape)
 
-        def run(source: Source) -> None:
+        def run(source: Source, last: bool) -> None:
             for b in range(q.shape[0]):
                 so_far = out[b : b + 1]
                 attention_forward(
@@ -172,7 +183,7 @@ class Pass:
                     _pages_of(source.own, b),
                     _pages_of(source.guests, b),
                     source.tables[b],
-                    so_far,
+                    result[b : b + 1] if last and result is not out else so_far,
                     lse[b : b + 1],
                     scale=scale,
                     before=so_far,
@@ -180,28 +191,21 @@ class Pass:
                 )
 
         if self.chosen is None:
-            for source in self.sources:
-                run(source)
-            return {}
-        for source in self.sources:  # the tables' items are made before ranks wait for one another
+            for number, source in enumerate(self.sources):
+                run(source, last=number + 1 == len(self.sources))
+            return result, {}
+        assert self.asks is not None
+        for source in self.sources:  # the tables' items are made before the host waits
             for table in source.tables:
                 prepare(q, table)
-        chunks = ChosenChunks(self.plan, self.exchange, self.chosen, None)
-        slots = _chosen_slots(chunks, own)
-        pending = _bring_chosen(chunks, 1, own, slots)
+        chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait())
+        rounds = Rounds(chunks, self.exchange, own)
         for source in self.sources:
-            run(source)
-        run(Source(own, _nothing(own), chunks.tables(0)))
-        for number in range(1, len(chunks.rounds) + 1):
-            arrived = pending
-            # The other slot is free, since its round is done.
-            pending = _bring_chosen(chunks, number + 1, own, slots)
-            tables = chunks.tables(number)
-            for part in arrived:
-                part.wait()
-            run(Source(own, chunks.guests(_parts(chunks, number, own, slots), own), tables))
+            run(source, last=False)
+        for number, guests, tables in rounds:
+            run(Source(own, guests, tables), last=number + 1 == len(chunks.rounds))
         kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}
-        return kept | ({"chosen": slots[1]} if len(chunks.rounds) == 1 else {})
+        return result, kept if rounds.kept is None else kept | {"chosen": rounds.kept}
 
     def _global_rows(self, device: torch.device) -> Tensor:
         assert self.plan.hierarchy is not None
@@ -315,27 +319,14 @@ class Pass:
 
         homeward: list[Pending] = []
         if self.chosen is not None:
-            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, Asked(kept.asked, kept.given))
-            again = len(chunks.rounds) > 1  # what came in one round was kept
-            slots = _chosen_slots(chunks, own) if again else [kept.chosen] * 2
-            pending = _bring_chosen(chunks, 1, own, slots, " again") if again else []
-            for number in range(1, len(chunks.rounds) + 1):
-                arrived = pending
-                pending = _bring_chosen(chunks, number + 1, own, slots, " again") if again else []
-                tables = chunks.tables(number)
-                for part in arrived:
-                    part.wait()
-                buffers = _parts(chunks, number, own, slots)
-                d_buffers = (
-                    buffers[0].new_zeros(buffers[0].shape, dtype=d_own.k.dtype),
-                    buffers[1].new_zeros(buffers[1].shape, dtype=d_own.k.dtype),
-                )
-                guests, d_guests = (chunks.guests(x, own) for x in (buffers, d_buffers))
+            chunks = ChosenChunks(self.plan, self.chosen, Asked(kept.asked, kept.given))
+            rounds = Rounds(chunks, self.exchange, own, kept.chosen)
+            for number, guests, tables in rounds:
+                flat, d_guests = rounds.gradients(number, d_own.k.dtype)
                 run(Source(own, guests, tables, None, d_own, d_guests))
                 for part in homeward:  # those of the round before have come meanwhile
                     part.wait()
-                homeward = chunks.take_home(number, d_buffers, d_own)
-            run(Source(own, _nothing(own), chunks.tables(0), None, d_own, _nothing(d_own)))
+                homeward = [rounds.take_home(number, flat, d_own)]
         for source in self.sources:
             run(source)
         return homeward
@@ -454,26 +445,6 @@ class _Slot:
             parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
             self._pages[rows, heads] = Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
         return self._pages[rows, heads]
-
-
-def _chosen_slots(chunks: ChosenChunks, own: Pages) -> list[Tensor]:
-    """Two guest buffers, of which a single round needs but the second."""
-    numel = [sum(chunks.guest_numel(number, own)) for number in range(1, len(chunks.rounds) + 1)]
-    return [own.k.new_empty(max(sizes, default=0)) for sizes in (numel[1::2], numel[::2])]
-
-
-def _parts(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a round has of its slot, for K and for V."""
-    k_size, v_size = chunks.guest_numel(number, own)
-    slot = slots[number % 2]
-    return slot[:k_size], slot[k_size : k_size + v_size]
-
-
-def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor], again: str = "") -> list[Pending]:
-    """A round that is on its way, if there is one of this number."""
-    if number > len(chunks.rounds):
-        return []
-    return chunks.bring(number, own, _parts(chunks, number, own, slots), again)
 
 
 def _nothing(pages: Pages) -> Pages:

@@ -62,9 +62,9 @@ class _Run:
             first = self.time.start("all_gather", others, abroad=self.abroad)
         done = none
         if load.distance != 0:
-            routes, out = load.routes, load.sent * row_bytes
+            out = load.sent * row_bytes
             self.time.copy(2 * out, pack=True)
-            self.time.copy(2 * routes.joins * out)
+            self.time.copy(2 * load.joins * out)
             done = self._travel_pages(load, row_bytes)
         return [(first, none + all_shared * row_bytes), (done, load.received * row_bytes)]
 
@@ -356,7 +356,7 @@ class _Run:
             return np.zeros(self.world), np.zeros(self.world)
         row = self.dim * self.wide
         self.time.copy(2 * load.received * row, pack=True)
-        self.time.copy(2 * load.routes.joins_home * load.received * row)
+        self.time.copy(2 * load.joins * load.received * row)
         return self._travel_pages(load, row), load.sent * row
 
     def _send_shared_home(self, load: Load) -> tuple[Floats, Floats]:

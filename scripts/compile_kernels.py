@@ -90,7 +90,7 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
         if engine == "triton":
             rows_triton.add_rows(own.k, Places(np.array([[1, 9], [20, 40]]), (1,)), own.k[:, :28, :1])
             some = torch.tensor([0, 1])
-            rows_triton.add_chunks(own.k, some, some, rows_triton.take_chunks(own.k, some, some, 64))
+            rows_triton.add_chunks(own, some, some, rows_triton.take_chunks(own, some, some, 64))
             rows_triton.copy_tiles(grad.float(), grad, torch.zeros(1, queries.blocks) > 0, (0,) * heads, block_q)
             rows_triton.merge(q.float(), lse, q.float(), lse)
             means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))

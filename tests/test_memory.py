@@ -10,7 +10,7 @@ import torch
 from rank_pool import RankPool
 from torch.profiler import ProfilerActivity, profile
 
-from distattn import chosen, exchange, passes, presets, selection, summaries
+from distattn import exchange, passes, presets, rounds, selection, summaries
 from distattn.attend import attend
 from distattn.extras import AttentionExtras
 from distattn.forecast import plan_peak_bytes
@@ -50,13 +50,15 @@ def means(x: torch.Tensor, chunk: int, left_out: object = None) -> tuple[torch.T
 
 def packed(tensors: Sequence[torch.Tensor], places: Places) -> torch.Tensor:
     """As a kernel's: one tensor, and nothing beside."""
-    flat = tensors[0].new_empty(sum(x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors))
-    for x, part in zip(tensors, split_rows(tensors, places, flat), strict=True):
-        for to, head in enumerate(places.heads):
-            at = 0
-            for first, stop in places.runs.tolist():
-                part[:, at : at + stop - first, to] = x[:, first:stop, head]
-                at += stop - first
+    flat = tensors[0].new_empty(places.size(tensors))
+    parts = places.parts or (places,)
+    for some, whole in zip(parts, flat.split([part.size(tensors) for part in parts]), strict=True):
+        for x, part in zip(tensors, split_rows(tensors, some, whole), strict=True):
+            for to, head in enumerate(some.heads):
+                at = 0
+                for first, stop in some.runs.tolist():
+                    part[:, at : at + stop - first, to] = x[:, first:stop, head]
+                    at += stop - first
     return flat
 
 
@@ -66,7 +68,15 @@ def pages(chosen: torch.Tensor, position: object, exists: object, ladder: Ladder
     return found, found.new_zeros((*found.shape, 1, ladder.words))
 
 
-def added(x: torch.Tensor, page: torch.Tensor, head: torch.Tensor, values: torch.Tensor) -> None:
+def taken(
+    tensors: tuple[torch.Tensor, torch.Tensor], page: torch.Tensor, head: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """As a kernel's: one tensor, and nothing beside."""
+    x, y = tensors
+    return x.new_zeros((len(page), x.shape[0], chunk, x.shape[3] + y.shape[3]))
+
+
+def added(*_: object) -> None:
     """As a kernel's: nothing beside."""
 
 
@@ -81,7 +91,8 @@ def without_kernels() -> Iterator[None]:
         (summaries, "chunk_means"): means,
         (selection, "chunk_means"): means,
         (selection, "summary_pages"): pages,
-        (chosen, "add_chunks"): added,
+        (rounds, "take_chunks"): taken,
+        (rounds, "add_chunks"): added,
         (chunks, "_SCRATCH"): 1 << 14,
     }
     with pytest.MonkeyPatch.context() as patch:
