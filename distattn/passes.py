@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.arena import GuestQueries, Stage
+from distattn.arena import Stage
 from distattn.chosen import Asked, Asks, ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
+from distattn.guest_queries import attend_guest_queries, guest_queries_backward
 from distattn.kernels.attention import (
     Biases,
     Pages,
@@ -25,7 +26,7 @@ from distattn.kernels.attention import (
     prepare,
     row_deltas,
 )
-from distattn.kernels.rows import add_rows, merge
+from distattn.kernels.rows import add_rows
 from distattn.kernels.selected import AnyTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan
@@ -166,7 +167,7 @@ class Pass:
             out[:, rows], lse[:, rows] = global_out.to(out.dtype), global_lse  # these queries have seen everything
         if self.queries is not None:
             queries_here.wait()
-            self._attend_guest_queries(self.queries, guest_q, Pages(k, v), out, lse, scale)
+            attend_guest_queries(self.exchange, self.queries, guest_q, Pages(k, v), out, lse, scale)
         return out.to(q.dtype), lse, kept
 
     def _attend_more(
@@ -239,9 +240,8 @@ class Pass:
         pending = self._bring(stages[0], own, slots[0], " again") if several else (Pending(), Pending())
         homeward: list[Pending] = []
         if self.queries is not None:
-            homeward.append(
-                self._guest_queries_backward(self.queries, kept.guest_q, own, grad_out, lse, delta, dq, d_own, scale)
-            )
+            some = self.exchange, self.queries, kept.guest_q
+            homeward.append(guest_queries_backward(*some, own, grad_out, lse, delta, dq, d_own, scale))
         for number, stage in enumerate(stages):
             mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
             sliced = len(stage.kv_heads) < k.shape[2]
@@ -363,69 +363,6 @@ class Pass:
 
         return self.exchange.take_home(f"gradients of {what}", transfer, d_guests, receive) if transfer else Pending()
 
-    def _attend_guest_queries(
-        self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
-    ) -> None:
-        """Attends with all ranks' global queries over this rank's pages; partial results go home and are merged."""
-        dtype = lse.dtype
-        part = guest_q.new_zeros((*guest_q.shape[:3], out.shape[3]), dtype=dtype)
-        part_lse = guest_q.new_full(guest_q.shape[:3], -torch.inf, dtype=dtype)
-        attention_forward(guest_q, own, _nothing(own), queries.table, part, part_lse, scale=scale)
-        mine = queries.on(out.device, "mine")
-        total = out.new_zeros((out.shape[0], len(mine), *out.shape[2:]), dtype=dtype)
-        total_lse = lse.new_full((lse.shape[0], len(mine), lse.shape[2]), -torch.inf)
-
-        def receive(message: Message, rows: list[Tensor]) -> None:
-            merged = merge(total, total_lse, rows[0], rows[1].squeeze(-1))
-            total.copy_(merged[0])
-            total_lse.copy_(merged[1])
-
-        self.exchange.take_home("results", queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
-        out[:, mine] = total.to(out.dtype)
-        lse[:, mine] = total_lse
-
-    def _guest_queries_backward(
-        self,
-        queries: GuestQueries,
-        guest_q: Tensor,
-        own: Pages,
-        grad_out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        dq: Tensor,
-        d_own: Pages,
-        scale: float,
-    ) -> Pending:
-        shape, rows = guest_q.shape[:3], torch.stack((lse, delta), dim=-1)
-        guest_grad = grad_out.new_empty((*shape, grad_out.shape[3]))
-        guest_rows = rows.new_empty((*shape, 2))
-        arriving = [
-            self.exchange.bring("gradients of results", queries.transfer, [grad_out], [guest_grad]),
-            self.exchange.bring("sums of rows", queries.transfer, [rows], [guest_rows]),
-        ]
-        for part in arriving:
-            part.wait()
-        guest_dq = dq.new_zeros(guest_q.shape)
-        attention_backward(
-            guest_q,
-            own,
-            _nothing(own),
-            queries.table,
-            guest_grad,
-            guest_rows[..., 0],
-            guest_rows[..., 1],
-            guest_dq,
-            d_own,
-            _nothing(d_own),
-            scale=scale,
-        )
-        return self.exchange.take_home(
-            "gradients of queries",
-            queries.transfer,
-            [guest_dq],
-            lambda message, returned: add_rows(dq, message.places, returned[0]),
-        )
-
 
 class _Slot:
     """A guest buffer: one flat tensor that holds rows of K and rows of V, of keys and values like k and v."""
@@ -445,11 +382,6 @@ class _Slot:
             parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
             self._pages[rows, heads] = Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
         return self._pages[rows, heads]
-
-
-def _nothing(pages: Pages) -> Pages:
-    """No rows, of the same heads."""
-    return Pages(pages.k[:, :0], pages.v[:, :0])
 
 
 def _of_heads(pages: Pages, kv_heads: range) -> Pages:

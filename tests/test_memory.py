@@ -10,7 +10,7 @@ import torch
 from rank_pool import RankPool
 from torch.profiler import ProfilerActivity, profile
 
-from distattn import exchange, passes, presets, rounds, selection, summaries
+from distattn import exchange, guest_queries, passes, presets, rounds, selection, summaries
 from distattn.attend import attend
 from distattn.extras import AttentionExtras
 from distattn.forecast import plan_peak_bytes
@@ -84,8 +84,8 @@ def added(*_: object) -> None:
 def without_kernels() -> Iterator[None]:
     """What PyTorch operations need in place of kernels says nothing of a GPU."""
     replaced = {
-        (passes, "attention_forward"): lambda *_, **__: None,
-        (passes, "attention_backward"): lambda *_, **__: None,
+        **{(module, "attention_forward"): lambda *_, **__: None for module in (passes, guest_queries)},
+        **{(module, "attention_backward"): lambda *_, **__: None for module in (passes, guest_queries)},
         (passes, "row_deltas"): lambda out, grad_out, grad_lse: grad_lse.clone(),
         (exchange, "pack_rows"): packed,
         (summaries, "chunk_means"): means,
