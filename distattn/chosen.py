@@ -124,6 +124,12 @@ class Round:
     give: Tensor
     give_to: dict[int, int]
 
+    @staticmethod
+    def alone(device: torch.device) -> Round:
+        """Of a rank that is alone: its own chunks."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return Round(nothing, {}, nothing, {})
+
 
 class ChosenChunks:
     """What the tiles of one rank chose in one call.
@@ -140,6 +146,9 @@ class ChosenChunks:
         assert plan.hierarchy is not None
         self._plan, self._chosen, self.asked = plan, chosen, asked
         self.hierarchy: Hierarchy = plan.hierarchy
+        if plan.world_size == 1:
+            self.rounds: tuple[Round, ...] = (Round.alone(chosen.device),)
+            return
         with aside(chosen.device, after=False):
             self.rounds = tuple(self._made_rounds())
         handed_over(*(x for some in self.rounds for x in (some.take, some.give)))
@@ -154,7 +163,8 @@ class ChosenChunks:
         own_pages, take = -(-plan.tokens // chunk), self.rounds[number].take
         own = hierarchy.on(chosen.device, "own_page").repeat(plan.kv_heads)
         place = own if number == 0 else torch.full_like(own, -1)
-        place[take] = own_pages + batch * torch.arange(len(take), device=chosen.device)
+        if len(take):
+            place[take] = own_pages + batch * torch.arange(len(take), device=chosen.device)
         place = place.view(plan.kv_heads, -1)
         guest_pages = max(batch * (len(take) - 1) + 1, 0)
         head = torch.arange(tables, device=chosen.device) // (tables // plan.kv_heads)
@@ -167,10 +177,6 @@ class ChosenChunks:
     def _made_rounds(self) -> Iterator[Round]:
         hierarchy, plan = self.hierarchy, self._plan
         world, rank, device = plan.world_size, plan.rank, self._chosen.device
-        if world == 1:
-            nothing = torch.zeros(0, dtype=torch.int64, device=device)
-            yield Round(nothing, {}, nothing, {})
-            return
         counts = self.asked.counts.tolist()
         take, give, most = counts[:world], counts[world : 2 * world], counts[-1]
         others = [(rank + distance) % world for distance in range(1, world)]

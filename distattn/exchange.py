@@ -165,7 +165,7 @@ class Exchange:
     def _all_gather(
         self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
     ) -> Pending:
-        mine = _flat(sources, Parcel.of(transfer.sends))
+        mine = _flat(sources, transfer.parcel("sends"))
         if self.group is None:
             unpack_rows(targets, _mine(transfer.receives, self.rank).places, mine)
             return Pending()
@@ -177,7 +177,7 @@ class Exchange:
             padded[: mine.numel()] = mine
         every: Tensor | None = None
         if all(m.count == transfer.chunk for m in transfer.receives) and len(transfer.receives) == self.world_size:
-            every = _in_place(targets, Parcel.of(transfer.receives))
+            every = _in_place(targets, transfer.parcel("receives"))
         into = mine.new_empty(self.world_size * size) if every is None else every
         stage = self._begin(f"bring {what}", "all_gather", mine)
         if mine.is_cuda:

@@ -78,14 +78,14 @@ class Transfer:
     returns: tuple[Message, ...]
     chunk: int = 0
 
-    def parcel(self, which: str, rank: int) -> Parcel:
-        """What of "sends", "receives" or "returns" goes to others than this rank, or comes from them. Kept."""
-        if (which, rank) not in self._parcels:
-            self._parcels[which, rank] = Parcel.of(m for m in getattr(self, which) if m.peer != rank)
-        return self._parcels[which, rank]
+    def parcel(self, which: str, but: int | None = None) -> Parcel:
+        """What of "sends", "receives" or "returns" goes to all ranks but one, or comes from them. Kept."""
+        if (which, but) not in self._parcels:
+            self._parcels[which, but] = Parcel.of(m for m in getattr(self, which) if m.peer != but)
+        return self._parcels[which, but]
 
     @cached_property
-    def _parcels(self) -> dict[tuple[str, int], Parcel]:
+    def _parcels(self) -> dict[tuple[str, int | None], Parcel]:
         return {}
 
     def sent_bytes(self, row_bytes: int, rank: int, world_size: int) -> int:

@@ -336,7 +336,7 @@ class Pass:
         width = k.shape[0] * (k.shape[3] + v.shape[3])
         sizes = [stage.guest_rows * len(stage.kv_heads) * width for stage in self.stages]
         # Zeros, since a page that is short leaves rows that nobody writes, and 0 times anything finite is 0.
-        return [_Slot(k.new_zeros(max(sizes[parity::2], default=0)), k, v) for parity in range(2)]
+        return [_Slot(k.new_zeros(max(sizes[parity::2])), k, v) for parity in range(min(2, len(sizes)))]
 
     def _query_heads(self, stage: Stage, *tensors: Tensor) -> list[Tensor]:
         """Those that read the stage's key/value heads, of tensors [batch, tokens, heads, ...]."""

@@ -33,8 +33,8 @@ class Rounds:
         self._chunks, self._exchange, self._own = chunks, exchange, own
         self._again = "" if kept is None else " again"
         self._width = own.k.shape[3] + own.v.shape[3]
-        if kept is not None and len(chunks.rounds) == 1:
-            self._slots, self._first = [kept], Pending()
+        if exchange.group is None or (kept is not None and len(chunks.rounds) == 1):
+            self._slots, self._first = [own.k.new_empty(0) if kept is None else kept], Pending()
             return
         sizes = [sum(some.take_from.values()) * self._numel for some in chunks.rounds]
         # A forward pass has asked aside, after K and V were there; a backward pass begins anew.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ def split_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> list[
     """What :func:`pack_rows` made, by tensor: [batch, count, heads, dim] each, without a copy. Not of joined places."""
     assert not places.parts
     shapes = [(x.shape[0], places.count, len(places.heads), x.shape[3]) for x in tensors]
-    parts = flat.split([int(np.prod(shape)) for shape in shapes])
+    parts = flat.split([prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
