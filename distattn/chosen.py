@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.aside import aside, handed_over
+from distattn.aside import after_aside, aside
 from distattn.exchange import Exchange, Pending
 from distattn.hierarchy import Hierarchy
 from distattn.kernels.selected import SelectedTable
@@ -27,6 +27,8 @@ from distattn.plan import Plan
 
 # Of what other ranks have: if one wants more than this, chunks come in several rounds.
 _MUCH = 0.5
+# Bytes of the numbers in what a rank says to another.
+_NUMBERS = 16
 
 
 class Asked(NamedTuple):
@@ -49,6 +51,9 @@ class Asked(NamedTuple):
 class Asks:
     """Ranks tell each other which chunks they want; all of them do, together.
 
+    What a rank says to another: int64 [2], of how many chunks it asks all, and of how many this one; and a byte for
+    each head and chunk of this one's, 1 or 0.
+
     Args:
         chosen: int32 [batch, tables, tiles, n]: chunks of each tile, ascending, then -1; alike in the rows of the batch
             as far as ``Selection`` says.
@@ -56,58 +61,54 @@ class Asks:
 
     def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor) -> None:
         assert plan.hierarchy is not None
-        self._plan, self._exchange, self._device = plan, exchange, chosen.device
-        self._known: torch.cuda.Event | None = None
-        if plan.world_size == 1:
+        self._exchange, self._rank, self._world, self._device = exchange, plan.rank, plan.world_size, chosen.device
+        if self._world == 1:
             return
-        hierarchy: Hierarchy = plan.hierarchy
-        rank, edges = plan.rank, hierarchy.pairs_of_owner
-        self._wanted = wanted_by_owner(chosen, plan)
-        with aside(chosen.device):
-            total = self._wanted.sum()
-            self._total = total.view(1)
-            header, bits = self._total.view(torch.uint8), self._wanted.view(torch.uint8)
-            others = [peer for peer in range(plan.world_size) if peer != rank]
-            parts = [part for peer in others for part in (header, bits[edges[peer] : edges[peer + 1]])]
-            sizes = {peer: len(header) + int(edges[peer + 1] - edges[peer]) for peer in others}
-            size = len(header) + int(edges[rank + 1] - edges[rank])
-            self._came = bits.new_empty((plan.world_size - 1, size))
-            self._told: Pending = exchange.send(
-                "ask for chunks", "selected", torch.cat(parts), sizes, self._came.flatten(), dict.fromkeys(others, size)
-            )
-            if chosen.is_cuda:  # waiting only orders streams
-                counts = self._counted()
-                self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-                self._counts.copy_(counts, non_blocking=True)
+        wanted, edges = wanted_by_owner(chosen, plan), plan.hierarchy.pairs_of_owner
+        before = torch.cat((wanted.new_zeros(1, dtype=torch.int64), wanted.cumsum(0)))
+        self._mine = before[plan.hierarchy.on(chosen.device, "pairs_of_owner")].diff()
+        numbers = torch.stack((before[-1].expand(self._world), self._mine), dim=1).view(torch.uint8)
+        bits = wanted.view(torch.uint8)
+        others = [peer for peer in range(self._world) if peer != self._rank]
+        said = [part for peer in others for part in (numbers[peer], bits[edges[peer] : edges[peer + 1]])]
+        sizes = {peer: _NUMBERS + int(edges[peer + 1] - edges[peer]) for peer in others}
+        heard = _NUMBERS + int(edges[self._rank + 1] - edges[self._rank])
+        self._heard = bits.new_empty((len(others), heard))
+        self._said = torch.cat(said)  # held until the current stream has waited
+        self._told: Pending = exchange.send(
+            "ask for chunks", "selected", self._said, sizes, self._heard.flatten(), dict.fromkeys(others, heard)
+        )
+        self._known: torch.cuda.Event | None = None
+        if chosen.is_cuda:
+            with aside(chosen.device):  # waits in place of what is computed now
+                numbers = self._numbers()
+                self._read = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+                self._read.copy_(numbers, non_blocking=True)
                 self._known = torch.cuda.Event()
                 self._known.record()
 
     def wait(self) -> Asked:
         """Returns when the host knows the numbers. On a GPU it waits for the choice and for the other ranks, and not
         for what was launched since."""
-        if self._plan.world_size == 1:
+        if self._world == 1:
             return Asked.nothing(self._device)
         if self._known is None:
-            self._counts = self._counted()
+            self._read = self._numbers()
         else:
             self._known.synchronize()
             self._exchange.check()  # else they may be any numbers
-            handed_over(self._given)
-        return Asked(self._counts, self._given)
+            after_aside(self._device)
+        read = self._read.tolist()
+        mine, said = read[: self._world], read[self._world :]
+        asked_of_me = said[1::2]
+        asked_of_me.insert(self._rank, 0)
+        most = max(sum(mine), *said[::2])
+        return Asked(torch.tensor([*mine, *asked_of_me, most]), self._heard[:, _NUMBERS:].contiguous())
 
-    def _counted(self) -> Tensor:
-        """``Asked.counts``, where the chunks are."""
+    def _numbers(self) -> Tensor:
+        """int64: how many chunks this rank asks of each, and what each other one said, where the chunks are."""
         self._told.wait()
-        rank, header = self._plan.rank, self._total.element_size()
-        self._given = self._came[:, header:].contiguous()
-        totals = self._came[:, :header].reshape(-1).clone().view(torch.int64)
-        most = torch.cat((self._total, totals)).max().view(1)
-        assert self._plan.hierarchy is not None
-        edges = self._plan.hierarchy.on(self._device, "pairs_of_owner")
-        before = torch.cat((torch.zeros_like(self._total), self._wanted.cumsum(0)))[edges]
-        asked_of_me = self._given.sum(1, dtype=torch.int64)
-        mine = torch.cat((asked_of_me[:rank], torch.zeros_like(self._total), asked_of_me[rank:]))
-        return torch.cat((before.diff(), mine, most))
+        return torch.cat((self._mine, self._heard[:, :_NUMBERS].flatten().view(torch.int64)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,12 +124,6 @@ class Round:
     take_from: dict[int, int]
     give: Tensor
     give_to: dict[int, int]
-
-    @staticmethod
-    def alone(device: torch.device) -> Round:
-        """Of a rank that is alone: its own chunks."""
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return Round(nothing, {}, nothing, {})
 
 
 class ChosenChunks:
@@ -146,12 +141,7 @@ class ChosenChunks:
         assert plan.hierarchy is not None
         self._plan, self._chosen, self.asked = plan, chosen, asked
         self.hierarchy: Hierarchy = plan.hierarchy
-        if plan.world_size == 1:
-            self.rounds: tuple[Round, ...] = (Round.alone(chosen.device),)
-            return
-        with aside(chosen.device, after=False):
-            self.rounds = tuple(self._made_rounds())
-        handed_over(*(x for some in self.rounds for x in (some.take, some.give)))
+        self.rounds = tuple(self._made_rounds())
 
     def tables(self, number: int) -> list[SelectedTable]:
         """What tiles visit in a round: of guests, and in the first one of own pages, too. One table a row of the batch.
@@ -177,6 +167,10 @@ class ChosenChunks:
     def _made_rounds(self) -> Iterator[Round]:
         hierarchy, plan = self.hierarchy, self._plan
         world, rank, device = plan.world_size, plan.rank, self._chosen.device
+        if world == 1:
+            nothing = torch.zeros(0, dtype=torch.int64, device=device)
+            yield Round(nothing, {}, nothing, {})
+            return
         counts = self.asked.counts.tolist()
         take, give, most = counts[:world], counts[world : 2 * world], counts[-1]
         others = [(rank + distance) % world for distance in range(1, world)]
@@ -187,15 +181,14 @@ class ChosenChunks:
             # In round s this rank receives from the one s before it, and sends to the one s after it.
             groups = [([owner], [asks]) for owner, asks in zip(others[::-1], others, strict=True)]
         pairs, edges = hierarchy.on(device, "pairs_by_owner"), hierarchy.pairs_of_owner
-        wanted = wanted_by_owner(self._chosen, plan)
+        wanted = pairs[_true(wanted_by_owner(self._chosen, plan), sum(take))]
         own_pairs = pairs[int(edges[rank]) : int(edges[rank + 1])]
         for owners, askers in groups:
-            first, stop = (0, len(wanted)) if len(owners) > 1 else edges[owners[0] : owners[0] + 2]
-            here = _true(wanted[first:stop], sum(take[r] for r in owners)) + first
+            first = sum(take[: owners[0]])
             rows = [asker - (asker > rank) for asker in askers]
             to = _true(self.asked.given[rows].flatten() > 0, sum(give[r] for r in askers))
             yield Round(
-                pairs[here],
+                wanted[first : first + sum(take[r] for r in owners)],
                 {r: take[r] for r in owners if take[r]},
                 own_pairs[to % max(len(own_pairs), 1)],
                 {r: give[r] for r in askers if give[r]},

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distattn.aside import aside, handed_over
 from distattn.chosen import ChosenChunks, Round
 from distattn.exchange import Exchange, Pending
 from distattn.kernels.attention import Pages
@@ -33,23 +32,19 @@ class Rounds:
         self._chunks, self._exchange, self._own = chunks, exchange, own
         self._again = "" if kept is None else " again"
         self._width = own.k.shape[3] + own.v.shape[3]
-        if exchange.group is None or (kept is not None and len(chunks.rounds) == 1):
-            self._slots, self._first = [own.k.new_empty(0) if kept is None else kept], Pending()
+        if kept is not None and len(chunks.rounds) == 1:
+            self._slots, self._first = [kept], Pending()
             return
         sizes = [sum(some.take_from.values()) * self._numel for some in chunks.rounds]
-        # A forward pass has asked aside, after K and V were there; a backward pass begins anew.
-        with aside(own.k.device, after=kept is not None):
-            self._slots = [own.k.new_empty(max(part, default=0)) for part in (sizes[::2], sizes[1::2])]
-            self._first = self._bring(0)
-        handed_over(*self._slots, there=False)  # whose arrival is waited for
+        self._slots = [own.k.new_empty(max(part, default=0)) for part in (sizes[::2], sizes[1::2])]
+        self._first = self._bring(0)
 
     def __iter__(self) -> Iterator[tuple[int, Pages, list[SelectedTable]]]:
         pending, rounds = self._first, self._chunks.rounds
         for number in range(len(rounds)):
             arrived = pending
             if number + 1 < len(rounds):
-                with aside(self._own.k.device):  # the other slot is free when the round before is done
-                    pending = self._bring(number + 1)
+                pending = self._bring(number + 1)  # the other slot is free, since the round before is done
             tables = self._chunks.tables(number)
             arrived.wait()
             yield number, self._pages(self._slot(number)), tables

@@ -95,9 +95,9 @@ def test_one_round_and_several_give_the_same(name: str, world: int, layout: str,
     wanted = [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
     for x, y in zip(often[0]["results"], wanted, strict=True):
         assert reference.max_error(x, y) < 1e-5
-    # Each chunk once a rank that wants it; requests are a byte for each chunk and head of another, and a number each.
+    # Each chunk once a rank that wants it; asks are a byte for each chunk and head of another, and two numbers.
     taken, batch = sum(rank["taken"] for rank in once), 2
-    rows, asked = taken * batch * CHUNK * 2 * DIM * 4, (world - 1) * (world * 8 + KV_HEADS * -(-LENGTH // CHUNK))
+    rows, asked = taken * batch * CHUNK * 2 * DIM * 4, (world - 1) * (world * 16 + KV_HEADS * -(-LENGTH // CHUNK))
     assert sum(rank["forward"] for rank in once) == sum(rank["forward"] for rank in often) == rows + asked
     assert sum(rank["backward"] for rank in once) == rows
     several = world > 2  # these bring chunks again
