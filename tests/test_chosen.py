@@ -104,6 +104,22 @@ def test_one_round_and_several_give_the_same(name: str, world: int, layout: str,
     assert sum(rank["backward"] for rank in often) == rows * (1 + several)
 
 
+def in_16_bits(context: Context) -> float:
+    """The error of a result that the last launch writes in 16 bits, and in which some tiles choose nothing."""
+    plan = plan_of("tokens", context)
+    half = [plan.shard(x) for x in inputs(plan, torch.bfloat16)[:3]]
+    wide = [x.float() for x in half]
+    chosen = select(*half, plan)
+    assert (chosen.chunks < 0).all(3).any() or plan.rank
+    out = attend(*half, plan, selection=chosen)
+    assert out.dtype == torch.bfloat16
+    return reference.max_error(out, attend(*wide, plan, selection=chosen).double())
+
+
+def test_the_last_launch_writes_16_bits(ranks: RankPool) -> None:
+    assert max(ranks(2, in_16_bits)) < 2e-2
+
+
 def rounds_by_share(context: Context, k: int) -> tuple[int, float]:
     """Rounds of a choice of k chunks a token, and what share of what others have the greediest rank wants."""
     spec = levels(8, (4, 16), (3,), k, "token")

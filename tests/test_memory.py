@@ -10,7 +10,7 @@ import torch
 from rank_pool import RankPool
 from torch.profiler import ProfilerActivity, profile
 
-from distattn import exchange, guest_queries, passes, presets, rounds, selection, summaries
+from distattn import exchange, guest_queries, memory, passes, presets, rounds, selection, summaries
 from distattn.attend import attend
 from distattn.extras import AttentionExtras
 from distattn.forecast import plan_peak_bytes
@@ -18,6 +18,7 @@ from distattn.heads import HeadsPlan
 from distattn.kernels import chunks
 from distattn.kernels.chunks import Ladder
 from distattn.kernels.rows import Places, split_rows
+from distattn.kernels.selected import SelectedTable
 from distattn.memory import peak_bytes
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
 from distattn.plan import make_plan
@@ -157,3 +158,17 @@ def test_the_account_is_what_is_allocated_on_several_ranks(name: str, ranks: Ran
     if count > 2:  # PyTorch numbers new groups by process: those of ranks that made others before would be mixed up
         ranks.close()
     check(ranks(count, peaks, name), name, count)
+
+
+@pytest.mark.parametrize("tiles", [12, 600])
+def test_partial_gradients_of_pages_are_in_the_account(tiles: int) -> None:
+    """As many as the kernels for a table of chosen chunks make, on a GPU that runs as many programs as an H100."""
+    spec = presets.hierarchical(256, (64,), (), 4, "tile")
+    plan = make_plan(spec, tiles * 64, heads=8, kv_heads=4, head_dim=64, world_size=1, rank=0)
+    assert plan.hierarchy is not None
+    held, most = memory._Held(Task.of(plan, 2), on_gpu=True), plan.hierarchy.choosing.most
+    chosen = torch.zeros((4, tiles, most), dtype=torch.int32)
+    table = SelectedTable(64, 64, tiles, tiles, 0, plan.hierarchy.head_table, chosen)
+    slots = table.key_work(memory._PROGRAMS, 2).slots
+    assert held._parts(4, 64, most, 64).tolist() == [slots * 4 * 64 * 128 * 4]
+    assert (slots > 0) == (tiles == 600)
