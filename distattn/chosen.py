@@ -79,11 +79,10 @@ class Asks:
             "ask for chunks", "selected", self._said, sizes, self._heard.flatten(), dict.fromkeys(others, heard)
         )
         self._known: torch.cuda.Event | None = None
+        self._read = torch.empty(self._world + 2 * len(others), dtype=torch.int64, pin_memory=chosen.is_cuda)
         if chosen.is_cuda:
             with aside(chosen.device):  # waits in place of what is computed now
-                numbers = self._numbers()
-                self._read = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-                self._read.copy_(numbers, non_blocking=True)
+                self._listen()
                 self._known = torch.cuda.Event()
                 self._known.record()
 
@@ -93,7 +92,7 @@ class Asks:
         if self._world == 1:
             return Asked.nothing(self._device)
         if self._known is None:
-            self._read = self._numbers()
+            self._listen()
         else:
             self._known.synchronize()
             self._exchange.check()  # else they may be any numbers
@@ -105,10 +104,12 @@ class Asks:
         most = max(sum(mine), *said[::2])
         return Asked(torch.tensor([*mine, *asked_of_me, most]), self._heard[:, _NUMBERS:].contiguous())
 
-    def _numbers(self) -> Tensor:
-        """int64: how many chunks this rank asks of each, and what each other one said, where the chunks are."""
+    def _listen(self) -> None:
+        """Copies to the host how many chunks this rank asks of each, and the numbers that each other one says."""
+        self._read[: self._world].copy_(self._mine, non_blocking=True)
         self._told.wait()
-        return torch.cat((self._mine, self._heard[:, :_NUMBERS].flatten().view(torch.int64)))
+        # Of one other rank they are in one piece: then no kernel has to wait for room beside those that compute.
+        self._read[self._world :].copy_(self._heard[:, :_NUMBERS].flatten().view(torch.int64), non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,8 +103,12 @@ class Pass:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
         """(out, lse, what the backward pass reads again)."""
-        if self.chosen is not None and self.asks is None:
-            self.asks = Asks(self.plan, self.exchange, self.chosen)
+        if self.chosen is not None:
+            if self.asks is None:
+                self.asks = Asks(self.plan, self.exchange, self.chosen)
+            # Many small kernels, beside which the asks find room on the GPU; tiles would leave none for a while.
+            for table in (table for source in self.sources for table in source.tables):
+                prepare(q, table)
         more = bool(self.sources) or self.chosen is not None
         return self.finish(self.begin(q, k, v, scale, more), q, k, v, scale)
 
@@ -196,11 +200,10 @@ class Pass:
                 run(source, last=number + 1 == len(self.sources))
             return result, {}
         assert self.asks is not None
-        for source in self.sources:  # the tables' items are made before the host waits
-            for table in source.tables:
-                prepare(q, table)
         chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait())
         rounds = Rounds(chunks, self.exchange, own)
+        for table in rounds.tables:  # as above, while the chunks set out
+            prepare(q, table)
         for source in self.sources:
             run(source, last=False)
         for number, guests, tables in rounds:

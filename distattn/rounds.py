@@ -26,6 +26,9 @@ class Rounds:
     Args:
         own: this rank's K and V.
         kept: guests of a single round that a forward pass has kept, if this is a backward pass.
+
+    Attributes:
+        tables: of the first round.
     """
 
     def __init__(self, chunks: ChosenChunks, exchange: Exchange, own: Pages, kept: Tensor | None = None) -> None:
@@ -34,10 +37,12 @@ class Rounds:
         self._width = own.k.shape[3] + own.v.shape[3]
         if kept is not None and len(chunks.rounds) == 1:
             self._slots, self._first = [kept], Pending()
+            self.tables = chunks.tables(0)
             return
         sizes = [sum(some.take_from.values()) * self._numel for some in chunks.rounds]
         self._slots = [own.k.new_empty(max(part, default=0)) for part in (sizes[::2], sizes[1::2])]
         self._first = self._bring(0)
+        self.tables = chunks.tables(0)
 
     def __iter__(self) -> Iterator[tuple[int, Pages, list[SelectedTable]]]:
         pending, rounds = self._first, self._chunks.rounds
@@ -45,7 +50,7 @@ class Rounds:
             arrived = pending
             if number + 1 < len(rounds):
                 pending = self._bring(number + 1)  # the other slot is free, since the round before is done
-            tables = self._chunks.tables(number)
+            tables = self._chunks.tables(number) if number else self.tables
             arrived.wait()
             yield number, self._pages(self._slot(number)), tables
 
