@@ -90,6 +90,8 @@ class Rounds:
         return flat, self._pages(flat)
 
     def _bring(self, number: int) -> Pending:
+        if self._exchange.group is None:
+            return Pending()
         some, into = self._chunks.rounds[number], self._slot(number)
         taken = take_chunks(self._own, *self._places(some), self._chunks.hierarchy.chunk)
         goes, comes = (self._sizes(counts) for counts in (some.give_to, some.take_from))
