@@ -33,5 +33,5 @@ def after_aside(device: torch.device) -> None:
 
 @lru_cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    # Its kernels are small, and do not wait for multiprocessors behind large ones.
+    # Its kernels are small, and go first where a multiprocessor becomes free.
     return torch.cuda.Stream(device, priority=-1)
