@@ -184,9 +184,12 @@ def _hierarchical(
     chooses = spec.select is not None and selection is None
     with operators.Begun(plan) as begun:
         if spec.select is None:
-            begun.attend(pooled, q, k, v, scale, more=spec.merge == "softmax")
+            begun.start(q, k, v)
+            begun.bring(pooled)
+            begun.attend(q, k, v, scale, more=spec.merge == "softmax")
         else:  # the choice comes first: other ranks wait for it
             begun.bring(pooled)
+            begun.start(q, k, v)
         scorers = scorers_of(q, plan) if chooses else None  # meanwhile
         levels = make_summaries(pooled, plan, extras)
         summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()

@@ -101,11 +101,13 @@ class _Held:
     def forward(self) -> None:
         ledger, hierarchy = self.ledger, self.hierarchy
         if hierarchy is None:
+            self._start()
             self._pattern(more=False)
             self._finish(more=False)
         else:
             if hierarchy.levels:
                 self._pooled(hierarchy)
+            self._start()
             if hierarchy.spec.select is None:
                 self._pattern(more=self.far)
                 self._summarized(hierarchy)
@@ -125,9 +127,8 @@ class _Held:
             self.ledger.hold(here=mine.sum())
             self.gather("packed", mine)
 
-    def _pattern(self, more: bool) -> None:
+    def _start(self) -> None:
         task, ledger = self.task, self.ledger
-        resumes = self.task.resumes
         self.ledger.hold(**{f"slot {parity}": self.task.room(parity) * self.size for parity in range(2)})
         self.travel("stage 0", self.loads[0], self.dim * self.size)
         if self.queries:
@@ -135,7 +136,10 @@ class _Held:
             ledger.hold(**{"kept queries": self.queries * row})
             if self.world > 1:
                 self.gather("queries", self.queries * row / self.world)
-        item = self.wide if more or resumes else self.size
+
+    def _pattern(self, more: bool) -> None:
+        ledger = self.ledger
+        item = self.wide if more or self.task.resumes else self.size
         ledger.hold(out=self.outputs * item, lse=self.rows * self.wide)
         for number in range(len(self.loads)):
             if number + 1 < len(self.loads):

@@ -90,13 +90,20 @@ class Begun:
         if pooled and self._plan.world_size > 1:
             self._begin("summaries", pooled, lambda: _bring(pooled, self._plan.name, "summaries"))
 
-    def attend(self, pooled: list[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> None:
-        """The same, and attends the plan's pattern meanwhile: ``attend`` of q, k and v goes on from there.
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Starts what the plan's pattern needs of other ranks: ``attend`` of these goes on from there."""
+        self._begin("exchanges", [q, k, v], lambda: Pass(self._plan, sent).start(q, k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> None:
+        """Attends the plan's pattern, once it is started: ``attend`` of these goes on from there.
 
         more: with sources beside the pattern.
         """
-        # The pattern's exchanges go first: its tiles wait for them.
-        run = partial(Pass(self._plan, sent).begin, q, k, v, scale, more, lambda: self.bring(pooled))
+
+        def run() -> Any:
+            started = _begun.pop(_names(self._plan, "exchanges", [q, k, v]))
+            return Pass(self._plan, sent).begin(started, q, k, v, scale, more)
+
         self._begin("tokens", [q, k, v], run)
 
     def ask(self, chosen: Tensor) -> None:
@@ -146,7 +153,8 @@ def _attend(*arguments: Any) -> tuple[Tensor, ...]:
         out, lse, kept = run.finish(begun, q, k, v, scale)
     else:
         agree(plan, q.shape[0], q.dtype)
-        out, lse, kept = run.forward(q, k, v, scale)
+        started = _begun.pop(_names(plan, "exchanges", [q, k, v]), None) if tokens else None
+        out, lse, kept = run.forward(q, k, v, scale, started)
     return out, lse, *kept
 
 

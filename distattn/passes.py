@@ -6,7 +6,7 @@ For each stage: fill the arena, run the tile kernel, merge by log-sum-exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -62,10 +62,23 @@ class Kept(NamedTuple):
     given: Tensor
 
 
+class Started(NamedTuple):
+    """A forward pass whose first exchanges are on their way, and nothing else.
+
+    slots: guest buffers. stage_here: gathered keys and pages of the first stage. guest_q: guest queries, which are
+    there after ``queries_here.wait()``.
+    """
+
+    slots: list[_Slot]
+    stage_here: tuple[Pending, Pending]
+    guest_q: Tensor
+    queries_here: Pending
+
+
 class Begun(NamedTuple):
     """A forward pass in which the plan's pattern has been attended, and nothing else yet.
 
-    out, lse: so far. kept: the guests. guest_q: guest queries, which are there after ``queries_here.wait()``.
+    out, lse: so far. kept: the guests. guest_q, queries_here: as before.
     """
 
     out: Tensor
@@ -101,8 +114,10 @@ class Pass:
         self.queries = plan.guest_queries if tokens else None
         self.sources, self.chosen, self.asks = sources, chosen, asks
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
-        """(out, lse, what the backward pass reads again)."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, started: Started | None = None
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """(out, lse, what the backward pass reads again). started: with the same tensors, if it was."""
         if self.chosen is not None:
             if self.asks is None:
                 self.asks = Asks(self.plan, self.exchange, self.chosen)
@@ -110,25 +125,22 @@ class Pass:
             for table in (table for source in self.sources for table in source.tables):
                 prepare(q, table)
         more = bool(self.sources) or self.chosen is not None
-        return self.finish(self.begin(q, k, v, scale, more), q, k, v, scale)
+        started = started or self.start(q, k, v)
+        return self.finish(self.begin(started, q, k, v, scale, more), q, k, v, scale)
 
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool, also: Callable[[], None] = lambda: None
-    ) -> Begun:
-        """The plan's pattern.
-
-        Args:
-            more: sources follow, which need not be known yet.
-            also: starts what travels behind the plan's first exchanges, while tiles are computed.
-        """
-        dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
-        several = not stages or any(stage.resumes for stage in stages) or more
-        slots = self._slots(k, v)
-        pending = self._bring(stages[0], own, slots[0]) if stages else (Pending(), Pending())
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Started:
+        """Starts the exchanges that the plan's pattern begins with."""
+        stages, queries, slots = self.stages, self.queries, self._slots(k, v)
+        stage_here = self._bring(stages[0], Pages(k, v), slots[0]) if stages else (Pending(), Pending())
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
         queries_here = self.exchange.bring("queries", queries.transfer, [q], [guest_q]) if queries else Pending()
-        also()
+        return Started(slots, stage_here, guest_q, queries_here)
 
+    def begin(self, started: Started, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> Begun:
+        """The plan's pattern. more: sources follow, which need not be known yet."""
+        dtype, stages, own = accumulator_dtype(q.dtype), self.stages, Pages(k, v)
+        several = not stages or any(stage.resumes for stage in stages) or more
+        slots, pending, guest_q, queries_here = started
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
         # Tiles that visit nothing are left alone.

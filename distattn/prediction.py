@@ -97,18 +97,21 @@ class _Run:
             self.time.copy(self.task.keys * self.size + 2 * self.task.summaries * self.wide, launches=2)
             summaries = self._gather(self.task.summaries)
         if hierarchy is None:
-            self._pattern(more=False)
+            self._pattern(False, self._start())
         else:
             self._far(hierarchy, summaries)
         calls = 1 if hierarchy is None else 3
         return self.time.end(calls * self.machine.host["forward"])
 
-    def _pattern(self, more: bool) -> None:
+    def _start(self) -> tuple[list[tuple[Floats, Floats]], Floats]:
+        """``Pass.start``: the first stage as of :meth:`start`, and when guest queries are there."""
+        self.time.copy((self.task.room(0) + self.task.room(1)) * self.size)
+        return self.start(self.task.loads[0], self.dim * self.size), self._bring_queries(self.task.head_dim * self.size)
+
+    def _pattern(self, more: bool, started: tuple[list[tuple[Floats, Floats]], Floats]) -> None:
         """``Pass.begin`` and, where nothing follows, ``Pass.finish``."""
         several = more or self.task.resumes
-        self.time.copy((self.task.room(0) + self.task.room(1)) * self.size)
-        pending = self.start(self.task.loads[0], self.dim * self.size)
-        queries = self._bring_queries(self.task.head_dim * self.size)
+        pending, queries = started
         if several:  # results are written in float32
             self.time.copy(self.task.outputs * (self.wide - self.size), launches=0)
         for number, load in self._each_stage():
@@ -170,9 +173,9 @@ class _Run:
 
     def _far(self, hierarchy: Hierarchy, summaries: tuple[Floats, Floats]) -> None:
         """The pattern, levels and chosen chunks; these are chosen and asked for first."""
-        select, more = hierarchy.spec.select, not self.task.gate
+        select, more, started = hierarchy.spec.select, not self.task.gate, self._start()
         if select is None:
-            self._pattern(more)
+            self._pattern(more, started)
         if hierarchy.levels:
             self.arrive(summaries)
             # Made, cast, padded and put together.
@@ -184,7 +187,7 @@ class _Run:
             if self.world > 1:  # what is wanted of whom
                 wanted = np.full(self.world, float(self.task.kv_heads * hierarchy.chunks))
                 told = self.time.start("all_to_all", wanted, abroad=self.abroad)
-            self._pattern(more)
+            self._pattern(more, started)
         parts = [bool(hierarchy.levels), select is not None]
         if self.task.gate:  # each by itself: zeros, which are gone on from
             self.time.copy(sum(parts) * self.task.outputs * (self.wide + self.size), launches=2)
