@@ -189,8 +189,9 @@ def _hierarchical(
             begun.attend(q, k, v, scale, more=spec.merge == "softmax")
         else:  # the choice comes first: other ranks wait for it
             begun.bring(pooled)
-            begun.start(q, k, v)
         scorers = scorers_of(q, plan) if chooses else None  # meanwhile
+        if spec.select is not None:
+            begun.start(q, k, v)
         levels = make_summaries(pooled, plan, extras)
         summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
         table: tuple[Tensor, ...] = ()

@@ -107,12 +107,13 @@ class _Held:
         else:
             if hierarchy.levels:
                 self._pooled(hierarchy)
-            self._start()
             if hierarchy.spec.select is None:
+                self._start()
                 self._pattern(more=self.far)
                 self._summarized(hierarchy)
             else:  # the choice comes first
                 self._scorers(hierarchy)
+                self._start()
                 self._summarized(hierarchy)
                 self._choice(hierarchy)
                 self._pattern(more=self.far)

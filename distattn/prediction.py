@@ -173,7 +173,11 @@ class _Run:
 
     def _far(self, hierarchy: Hierarchy, summaries: tuple[Floats, Floats]) -> None:
         """The pattern, levels and chosen chunks; these are chosen and asked for first."""
-        select, more, started = hierarchy.spec.select, not self.task.gate, self._start()
+        select, more = hierarchy.spec.select, not self.task.gate
+        if select is not None and hierarchy.chooses_by_tile_before and self.world > 1:
+            edges = float(len(self.task.layout.start) * self.task.heads * self.task.head_dim)
+            self.arrive(self._gather(np.full(self.world, edges / self.world)))
+        started = self._start()
         if select is None:
             self._pattern(more, started)
         if hierarchy.levels:
@@ -215,9 +219,6 @@ class _Run:
             scores = np.minimum(scores, columns)
         if not hierarchy.level_is_chunks and not by.mass:
             self.arrive(self._gather(share * self.task.kv_heads * self.task.head_dim))
-        if hierarchy.chooses_by_tile_before and self.world > 1:
-            edges = float(len(self.task.layout.start) * self.task.heads * self.task.head_dim)
-            self.arrive(self._gather(np.full(self.world, edges / self.world)))
         seconds = tables * share * (speed.row + speed.column * scores / (2 if hierarchy.causal else 1))
         self.time.compute(seconds, 10 * self.machine.host["launch"])
 
