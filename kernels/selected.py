@@ -82,6 +82,11 @@ class SelectedTable(Tiling):
         """Whether there is no place for a page to visit; whether one is named, only the device knows."""
         return self.selected.numel() == 0 or self.pages == 0
 
+    def empty_rows(self, device: torch.device) -> Tensor | None:
+        """bool [tables, tiles]: which rows visit nothing."""
+        assert device == self.selected.device
+        return (self.selected < 0).all(dim=2)
+
     def check_rows(self, own_rows: int) -> None:
         """Raises ValueError if a page may be selected of which only a part exists and no mask says so."""
         if self.masks is None and own_rows != self.own_pages * self.block_k:
