@@ -73,7 +73,7 @@ def test_the_answer_follows_from_the_prompt_at_any_length(task: str, data: st.Da
         assert fact.statements[n][there : there + count] == fact.answer[at : at + count]
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", ("niah_single", "niah_multivalue", "vt", "cwe", "copy"))
 @given(depth=st.floats(0, 1), seed=st.integers(0, 2**32))
 @settings(max_examples=10)
 def test_depth_is_kept_to_a_line(task: str, depth: float, seed: int) -> None:
@@ -81,12 +81,8 @@ def test_depth_is_kept_to_a_line(task: str, depth: float, seed: int) -> None:
     fact = tasks.TASKS[task].fact(np.random.default_rng(seed))
     first, stop = sample.evidence[0]
     room = len(sample.prompt) - len(fact.question) - sum(map(len, fact.statements))
-    longest = 60  # of a line of the source
-    lines = sum(
-        len(line) + 1 for line in sample.prompt[:first].split(b"\n") if b"access code" in line or b" = '" in line
-    )
-    if lines == 0:  # the text before it is all of the source
-        assert depth * room - longest <= first <= depth * room
+    longest = 30  # of a line of the source
+    assert depth * room - longest <= first <= depth * room
     assert all(at >= first for at, _ in sample.evidence)
 
 
