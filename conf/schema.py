@@ -74,7 +74,7 @@ class NeedleConfig(JobConfig):
     checkpoint: str | None = MISSING
     tasks: list[str] = MISSING
     lengths: list[int] = MISSING
-    depths: int = MISSING
+    depths: int | None = MISSING
     samples: int = MISSING
     attention: list[str] = MISSING
     fidelity_rows: int = MISSING

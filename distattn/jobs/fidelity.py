@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from distattn import reference
 from distattn.attend import Selection
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
+from distattn.jobs.machine import synchronize
 from distattn.jobs.sampled import Sampled
 from distattn.patterns import Causal, Pattern
 from distattn.plan import Plan
@@ -43,12 +45,14 @@ class Comparison:
 
     Attributes:
         found: a `Fidelity` for each layer that was compared, the same on every rank.
+        seconds: what comparing took.
     """
 
     def __init__(
         self, plans: Sequence[Plan], layers: set[int], attention: str, rows: int, seed: int, context: Context
     ) -> None:
         self.plans, self.layers, self.attention, self.found = plans, layers, attention, list[Fidelity]()
+        self.seconds = 0.0
         length = plans[0].seq_len
         self._rows = np.unique(np.random.default_rng(seed).integers(length // 2, length, rows))
         self._context = context
@@ -66,6 +70,8 @@ class Comparison:
         """See `distattn.model.Observer`."""
         if layer not in self.layers:
             return
+        synchronize(self._context)
+        began = time.perf_counter()
         plan, rows = self.plans[layer], Sampled(self.plans[layer], self._rows, self._context)
         queries, got = (rows.everywhere(x[0, rows.mine]).unsqueeze(0).double() for x in (q, out))
         positions = torch.from_numpy(self._rows)
@@ -81,6 +87,7 @@ class Comparison:
         error = (got - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-30)
         numbers = float(error.mean()), float(mass.mean())
         self.found.append(Fidelity(plan.seq_len, self.attention, layer, len(self._rows), *numbers))
+        self.seconds += time.perf_counter() - began
 
     def _chosen_mass(self, q: Tensor, k: Tensor, lse: Tensor, rows: Sampled, selection: Selection) -> Tensor:
         """[rows, heads] of dense attention on the chosen chunks' tokens, but for those that are attended anyway."""

@@ -35,6 +35,8 @@ from distattn.model import Decoder, Observer
 from distattn.plan import Plan
 
 TRAINED, WINDOW = "trained", "window"
+# A run of at most so many prompts shows each of them.
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def check(config: Config) -> None:
     """Finds what cannot be asked before any process starts."""
     job = _job(config)
     for name in ("depths", "samples"):
-        if getattr(job, name) < 1:
-            raise ConfigError(f"job.{name} is {getattr(job, name)}; expected at least 1")
+        value = getattr(job, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"job.{name} is {value}; expected at least 1")
     if job.fidelity_rows < 0:
         raise ConfigError(f"job.fidelity_rows is {job.fidelity_rows}; expected at least 0")
     for name in ("tasks", "lengths", "attention"):
@@ -96,7 +99,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     model = load_decoder(config, context, weights_of(job))
     rows: list[Row] = []
     fidelities: list[fidelity.Fidelity] = []
-    total = len(job.lengths) * len(job.attention) * len(job.tasks) * job.depths * job.samples
+    asked: list[str] = []
+    total = len(job.lengths) * len(job.attention) * len(job.tasks) * (job.depths or 1) * job.samples
     done = 0
     for length in job.lengths:
         for name in job.attention:
@@ -106,15 +110,19 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 if job.fidelity_rows and not number:
                     layers = {*range(config.model.layers)} - {*config.model.window_layers}
                     observer = fidelity.Comparison(plans, layers, name, job.fidelity_rows, config.seed, context)
-                for depth in ((n + 0.5) / job.depths for n in range(job.depths)):
+                for depth in depths_of(config, length):
                     found = []
                     for seed in range(job.samples):
                         rng = np.random.default_rng((config.seed, length, seed, int(depth * 1e6)))
                         sample = tasks.sample(task, length, text, rng, depth)
-                        found.append(ask(model, plans, sample, context, observer.observe if observer else None))
+                        answered = ask(model, plans, sample, context, observer.observe if observer else None)
                         if observer is not None:
                             fidelities += observer.found
+                            answered = replace(answered, seconds=answered.seconds - observer.seconds)
                             observer = None
+                        found.append(answered)
+                        if len(asked) < _SHOWN:
+                            asked.append(_said(name, sample, answered, len(text)))
                         done += 1
                         context.progress("needle", done, total, length=f"{length:,}", attention=name)
                     rows.append(_row(task, length, name, depth, found, plans, config))
@@ -134,6 +142,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = [_table(rows)]
+    if total <= _SHOWN:
+        lines = [*asked, *lines]
     if fidelities:
         lines.append(fidelity.table(fidelities))
     if job.picture:
@@ -195,6 +205,14 @@ def ask(
     return Answered(int(hits.sum()), len(hits), float(sums[0] / sums[1] / math.log(2)), seconds, said)
 
 
+def depths_of(config: Config, length: int) -> list[float]:
+    """The middles of job.depths equal parts; null: one depth, drawn for the seed and the length."""
+    depths = _job(config).depths
+    if depths is None:
+        return [float(np.random.default_rng((config.seed, length)).random())]
+    return [(n + 0.5) / depths for n in range(depths)]
+
+
 def weights_of(job: NeedleConfig) -> str:
     """The path of job.checkpoint, or of the shipped weights."""
     return job.checkpoint or str(weights.SHIPPED)
@@ -250,6 +268,25 @@ def _row(
         pairs / max(causal, 1),
         min(one.seconds for one in found),
     )
+
+
+def _said(attention: str, sample: tasks.Sample, answered: Answered, available: int) -> str:
+    """What was planted and asked, and what greedy decoding says, for a terminal."""
+
+    def shown(text: bytes) -> str:
+        return text.decode("utf-8", "replace").rstrip("\n")
+
+    length = len(sample.prompt)
+    stated = [f"{shown(sample.prompt[first:stop])}   (byte {first:,})" for first, stop in sample.evidence]
+    right = answered.right == answered.size
+    said = (
+        f"{shown(answered.said)!r}, right" if right else f"{shown(answered.said)!r}..., wrong: {shown(sample.answer)!r}"
+    )
+    text = f"{length:,} bytes of a text of {available:,}" + (", which is repeated" if available < length else "")
+    lines = [("read", text), *(("planted", line) for line in stated)]
+    lines += [("asked", shown(sample.prompt).rpartition("\n")[2]), (attention, f"says {said}")]
+    lines.append(("bits per byte", f"{answered.bits:.4f}, in {answered.seconds:.1f} s"))
+    return "\n".join(f"{name:<18}{value}" for name, value in lines)
 
 
 def _write(path: Path, rows: Sequence[Row] | Sequence[fidelity.Fidelity]) -> None:
