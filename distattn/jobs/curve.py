@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -78,8 +79,8 @@ class Curve:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def add(self, row: Row) -> None:
-        self._writer.writerow(astuple(row))
+    def add(self, rows: Iterable[Row]) -> None:
+        self._writer.writerows(map(astuple, rows))
         self._file.flush()
 
     def flush(self) -> None:

@@ -125,9 +125,9 @@ def _picture(plan: Plan, path: Path) -> str:
         return f"not drawn: {error}"
 
 
-def layer_plans(config: Config, context: Context) -> list[Plan]:
-    """One plan a layer, all with the layout that suits `attention`."""
-    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks)
+def layer_plans(config: Config, context: Context, data_ranks: int = 1) -> list[Plan]:
+    """One plan a layer, all with the layout that suits `attention`; of the ranks of one of data_ranks groups."""
+    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks, data_ranks)
     layout = make_plan(attention_spec(config), mesh=mesh, **options).layout
     return [make_plan(spec, mesh=mesh, **options | {"layout": layout}) for spec in layer_specs(config)]
 

@@ -27,30 +27,35 @@ class Shard:
     def __init__(self, windows: list[Window], plan: Plan, device: torch.device) -> None:
         rows = np.concatenate([np.arange(*segment) for segment in plan.segments] or [np.empty(0, np.int64)])
 
-        def mine(parts: list[NDArray[np.generic]]) -> Tensor:
-            x = torch.from_numpy(np.stack([part[rows] for part in parts]))
+        def there(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+        def mine(parts: list[NDArray[np.generic]]) -> Tensor:
+            return there(torch.from_numpy(np.stack([part[rows] for part in parts])))
 
         self.tokens, self.labels = mine([w.tokens for w in windows]), mine([w.labels for w in windows])
         self.asked = mine([w.asked for w in windows])
         self.weights = mine([w.weights.astype(np.float32) for w in windows])
-        self.lookups = [torch.from_numpy(w.lookups).to(device, non_blocking=True) for w in windows]
+        self.lookups = [there(torch.from_numpy(w.lookups)) for w in windows]
 
 
 class Reader:
     """Windows of a corpus, the same on every rank.
 
     Those of the next step are drawn on a thread while a step is computed.
+
+    Args:
+        group: which of the job.data_ranks groups this rank is in, each of which reads windows of its own.
     """
 
-    def __init__(self, config: Config, corpus: Corpus) -> None:
+    def __init__(self, config: Config, corpus: Corpus, group: int = 0) -> None:
         assert isinstance(config.job, TrainConfig)
-        self._config, self._job, self._corpus = config, config.job, corpus
+        self._config, self._job, self._corpus, self._group = config, config.job, corpus, group
         self._thread = ThreadPoolExecutor(1, "windows")
         self._ahead: tuple[int, Future[list[list[Window]]]] | None = None
 
     def step(self, step: int) -> list[list[Window]]:
-        """job.accumulate times job.batch windows."""
+        """job.accumulate times job.batch windows, those of this rank's group."""
         ahead, self._ahead = self._ahead, None
         found = ahead[1].result() if ahead is not None and ahead[0] == step else self._draw(step)
         if step < self._job.steps:
@@ -64,7 +69,8 @@ class Reader:
         return [text_window(self._corpus, last * n // max(count - 1, 1), size) for n in range(count)]
 
     def _draw(self, step: int) -> list[list[Window]]:
-        parts, rows = range(self._job.accumulate), range(self._job.batch)
+        first = self._group * self._job.accumulate
+        parts, rows = range(first, first + self._job.accumulate), range(self._job.batch)
         return [[self._window(step, part, row) for row in rows] for part in parts]
 
     def _window(self, step: int, part: int, row: int) -> Window:
