@@ -33,6 +33,7 @@ class TrainConfig(JobConfig):
     """conf/job/train.yaml."""
 
     steps: int = MISSING
+    until: int | None = MISSING
     learning_rate: float = MISSING
     warmup: int = MISSING
     weight_decay: float = MISSING

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
@@ -25,13 +26,14 @@ from distattn.kernels.attention import accumulator_dtype
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means
 from distattn.kernels.selected import SelectedTable
+from distattn.kernels.table import TileTable
 from distattn.layout import make_layout
 from distattn.levels import Level, OnDevices
-from distattn.paged import Placed, Tiles, joined, place
-from distattn.spans import Bools, Ints
+from distattn.paged import Tiles, moved
+from distattn.spans import Ints
 from distattn.spec import AttentionSpec
 from distattn.summaries import pool_members
-from distattn.tiles import visit
+from distattn.tiles import Extents, assemble, visit
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,13 @@ class LevelPlan:
         return len(self.pools) > len(self.hierarchy.levels)
 
     @cached_property
+    def chooses_all_of_chunks(self) -> bool:
+        """Whether all tokens of a chosen chunk are visited: it is none that a query is in, nor has it global keys."""
+        select, hierarchy = self.spec.select, self.hierarchy
+        size = hierarchy.chunk_size[:-1]  # the last one of the longest sequence no later query chooses
+        return select is not None and "own" not in select.always and bool(((size == 0) | (size == select.chunk)).all())
+
+    @cached_property
     def sub_page(self) -> int:
         """Rows of the pages as which chosen chunks are visited."""
         return math.gcd(self.hierarchy.chunk, self.sizes.block_k)
@@ -125,24 +134,26 @@ class LevelPlan:
         chunk = self.hierarchy.chunk
         return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
-    def visited(self, tiles: Tiles, slot: Ints, world_size: int) -> Placed:
+    def visited_table(self, tiles: Tiles, slot: Ints, rank: int, world_size: int) -> TileTable:
         """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
 
         slot: int64 [sequences], whose buffer each has.
         """
-        hierarchy, pages = self.hierarchy, self.rows // self.sizes.block_k
+        hierarchy, block = self.hierarchy, self.sizes.block_k
+        pages = self.rows // block
+        every = np.arange(self.sizes.sequences * pages)
+        mine = every[every % pages % world_size == rank]
+        extents, until = Extents.of(mine, mine), np.full(len(tiles), len(every))
         queries = Axis(self.sizes.max_len, tiles.block, first=tiles.first)
         parts = []
         for number, level in enumerate(hierarchy.levels):
             places = level.stop - 1 if self.spec.merge == "gate" else level.start
-            keys = Axis(self.sizes.max_len, self.sizes.block_k, gathered=places, skip=places[level.size == 0])
-            first = level.first_row // self.sizes.block_k
-
-            def where(tile: Ints, page: Ints, first: int = first) -> tuple[Ints, Ints]:
-                return (first + page) % world_size, slot[tiles.sequence[tile]] * pages + first + page
-
-            parts.append(place(visit(hierarchy.visible(number), queries, keys), where))
-        return joined(parts)
+            keys = Axis(self.sizes.max_len, block, gathered=places, skip=places[level.size == 0])
+            visits = visit(hierarchy.visible(number), queries, keys)
+            at = slot[tiles.sequence] * pages + level.first_row // block
+            parts.append((moved(visits, at, until), extents))
+        blocks = tiles.block, block
+        return assemble([parts], (0,) * self.sizes.heads, len(tiles), blocks, len(every), 0)
 
     def asking(self, start: int, first: Ints) -> Asking:
         """What a sequence's tiles choose by. start: its first new position. first: int64 [tiles], of the tiles."""
@@ -158,11 +169,13 @@ class LevelPlan:
         own, ends = (x.astype(np.int32) for x in (position // chunk, until))
         return Asking(start, number, number - start // chunk, own, ends)
 
-    def blind(self, tiles: Tiles) -> Bools:
-        """bool [tiles * block]: rows of global tokens, which attend to tokens alone."""
+    def blind(self, tiles: Tiles) -> Ints:
+        """int64: rows of the tiles that are global tokens, which attend to tokens alone."""
         window = self.spec.window if self.spec.merge == "softmax" else None
-        at = (tiles.first[:, None] + np.arange(tiles.block)).ravel()
-        return np.isin(at, window.global_tokens if window else ())
+        positions = np.unique(np.asarray(window.global_tokens if window else (), np.int64))
+        first, stop = (np.searchsorted(positions, at) for at in (tiles.first, tiles.first + tiles.block))
+        tile, which = np.repeat(np.arange(len(tiles)), stop - first), sp.concat_ranges(first, stop - first)
+        return tile * tiles.block + positions[which] - tiles.first[tile]
 
     def chosen_table(
         self, chosen: Tensor, tiles: Tiles, sub_pages: Tensor, first: Tensor, own_pages: int
@@ -181,21 +194,15 @@ class LevelPlan:
         at = first[sequence][:, None, None] + piece
         there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
         pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
-        position = piece[..., None] * rows + torch.arange(rows, device=device)
-        last = tiles.on(device, "first")[:, None, None, None]
-        allowed = position <= last
-        if len(hierarchy.left_out):
-            allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
-        return SelectedTable(
-            tiles.block,
-            rows,
-            len(tiles),
-            own_pages,
-            0,
-            hierarchy.head_table,
-            pages.flatten(2).int().contiguous(),
-            _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous(),
-        )
+        masks = None
+        if not self.chooses_all_of_chunks:
+            position = piece[..., None] * rows + torch.arange(rows, device=device)
+            allowed = position <= tiles.on(device, "first")[:, None, None, None]
+            if len(hierarchy.left_out):
+                allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
+            masks = _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous()
+        selected = pages.flatten(2).int().contiguous()
+        return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, selected, masks)
 
     def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Tensor, rank: int, world_size: int) -> SelectedTable:
         """What tiles visit of the buffers beside chosen chunks, so that every token counts once.
@@ -299,26 +306,32 @@ class CachedLevels:
         size, step = level.members, level.stride if tokens else level.members
         begin, stop = (max((n - size) // step + 1, 0) for n in (first, first + len(k)))
         if stop > begin:
-            kept = torch.arange(min(begin * step, first), first, device=k.device)
-            rows = [torch.cat((ring[slot, kept % size], x)) for ring, x in zip(rings, (k, v), strict=True)]
-            which = torch.arange(begin * step - first + len(kept), stop * step - first + len(kept), step)[:, None]
-            which = (which + torch.arange(size)).to(k.device)
-            dtype = accumulator_dtype(k.dtype)
-            members = np.arange(begin, stop)[:, None] * step + np.arange(size)
-            counts = (~plan.hierarchy.left_out_rows if tokens else plan.pools[number - 1].size)[members]
-            sizes = torch.from_numpy(counts).to(k.device, dtype).unsqueeze(0)
+            # Members from the first one of the first new summary on.
+            rows = [_behind(ring[slot], first, first - begin * step, x) for ring, x in zip(rings, (k, v), strict=True)]
             pool = extras.pool[number] if number < len(extras.pool) and not apart else None
-            parts = [(x[which].to(dtype) * (sizes > 0)[0, ..., None, None]).unsqueeze(0) for x in rows]
-            pooled = pool_members(parts[0], parts[1], sizes, pool)
+            among = slice(begin * step, (stop - 1) * step + size)
+            if tokens and step == size and pool is None:
+                left_out = None
+                if len(plan.hierarchy.left_out):
+                    left_out = plan.hierarchy.on(k.device, "left_out_rows")[among]
+                some = [x[None, : (stop - begin) * size] for x in rows]
+                pooled = [chunk_means(x, size, left_out)[0] for x in (some[:1] if apart else some)]
+            else:
+                dtype = accumulator_dtype(k.dtype)
+                level_below, name = (plan.hierarchy, "left_out_rows") if tokens else (plan.pools[number - 1], "size")
+                counts = level_below.on(k.device, name)[among].unfold(0, size, step)
+                sizes = (~counts if tokens else counts).to(dtype).unsqueeze(0)
+                wide = [x.unfold(0, size, step)[: stop - begin].movedim(-1, 1).to(dtype) for x in rows]
+                there = (sizes > 0)[..., None, None]
+                pooled = [*pool_members(wide[0] * there, wide[1] * there, sizes, pool)]
             if apart:
                 self._means[slot, begin:stop] = pooled[0][0]
             else:
-                self._write(number, slot, begin, stop, *pooled, extras)
+                self._write(number, slot, begin, stop, pooled[0], pooled[1], extras)
                 if number + 1 < len(plan.hierarchy.levels):
                     self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
-        latest = torch.arange(max(len(k) - size, 0), len(k), device=k.device)
         for ring, x in zip(rings, (k, v), strict=True):
-            ring[slot, (first + latest) % size] = x[latest].to(ring.dtype)
+            _keep(ring[slot], first, x)
 
     def _write(
         self, number: int, slot: int, begin: int, stop: int, keys: Tensor, values: Tensor, extras: AttentionExtras
@@ -341,13 +354,29 @@ class CachedLevels:
         """[n, heads, head_dim]: the mean queries of the chunk before that of ``start``, and of those from there on."""
         chunk = self.plan.hierarchy.chunk
         kept = start % chunk
-        rows = torch.cat((self._queries[slot, :kept], q))
+        rows = torch.cat((self._queries[slot, :kept], q)) if kept else q
         means, _ = chunk_means(rows.unsqueeze(0), chunk)
         found = torch.cat((self._before[slot].unsqueeze(0), means[0]))
         whole = len(rows) // chunk
         self._before[slot] = found[whole]
         self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
         return found
+
+
+def _behind(ring: Tensor, first: int, count: int, x: Tensor) -> Tensor:
+    """The ``count`` members before member ``first``, and then x. A ring has member n at n modulo its size."""
+    if count == 0:
+        return x
+    at = (first - count) % len(ring)
+    return torch.cat((ring[at : at + count], ring[: max(at + count - len(ring), 0)], x))
+
+
+def _keep(ring: Tensor, first: int, x: Tensor) -> None:
+    """The last of members x, which begin with number ``first``."""
+    latest = x[-len(ring) :]
+    at = (first + len(x) - len(latest)) % len(ring)
+    head = min(len(ring) - at, len(latest))
+    ring[at : at + head], ring[: len(latest) - head] = latest[:head], latest[head:]
 
 
 def _packed(bits: Tensor) -> Tensor:

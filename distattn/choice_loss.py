@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,10 +20,11 @@ from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.kernels.attention import accumulator_dtype
 from distattn.plan import Plan
+from distattn.spans import Ints
 
 
 def choice_loss(
-    q: Tensor, k: Tensor, plan: Plan, lookups: Tensor, extras: AttentionExtras, *, scale: float | None = None
+    q: Tensor, k: Tensor, plan: Plan, lookups: Ints, extras: AttentionExtras, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of the rows that look something up; all ranks of the plan call this together.
 
@@ -30,7 +33,8 @@ def choice_loss(
     Args:
         q: [1, plan.tokens, heads, head_dim] and k: [1, plan.tokens, kv_heads, head_dim], what `attend` is given.
         plan: whose spec chooses by products with mean keys (score "mean").
-        lookups: int64 [m, 2] on the device of q, the same on every rank: positions of rows, and of what each must find.
+        lookups: int64 [m, 2], the same on every rank: positions of rows, and of what each must find. It lies on the
+            host, so that nothing waits for a GPU.
         extras: what `attend` is given.
         scale: of the scores; default head_dim ** -0.5.
 
@@ -47,47 +51,55 @@ def choice_loss(
     chunk, chunks, kv_heads = hierarchy.chunk, hierarchy.chunks, plan.kv_heads
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = accumulator_dtype(q.dtype)
-    positions = plan.positions.to(q.device)
+    selectable = hierarchy.selectable
+    row, own, target = _counted(lookups, plan)
+
+    def on_device(x: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(x).to(q.device, non_blocking=True)
+
     with torch.autocast(q.device.type, enabled=False):
         pooled = k if extras.pool_keys is None else extras.pool_keys
         # Rows of a chunk may lie on several ranks.
         rows = torch.cat((pooled[0], q[0]), dim=1).to(dtype)
-        sums = rows.new_zeros((chunks, *rows.shape[1:])).index_add(0, positions // chunk, rows)
+        sums = rows.new_zeros((chunks, *rows.shape[1:])).index_add(0, on_device(plan.positions.numpy() // chunk), rows)
         sizes = torch.full((chunks, 1, 1), chunk, dtype=dtype, device=q.device)
         sizes[-1] -= chunks * chunk - plan.seq_len
         keys, queries = _over_ranks(sums, plan).div(sizes).split([kv_heads, plan.heads], dim=1)
         if extras.rotate is not None:
-            centres = torch.from_numpy(hierarchy.chunk_centre).to(q.device)
-            keys = extras.rotate(keys.unsqueeze(0), centres)[0]
-
-        row, found = lookups.unbind(1)
-        own, target = row // chunk, found // chunk
-        until = own - hierarchy.window[1] + 1
-        selectable = torch.from_numpy(hierarchy.selectable).to(q.device)
-        counted = (target < until) & selectable[target]
+            keys = extras.rotate(keys.unsqueeze(0), on_device(hierarchy.chunk_centre))[0]
         if select.per == "tile":
-            # One lookup a tile and chunk, however many of its rows foretell a byte of the answer.
-            asked = torch.unique(torch.stack((own, target), 1)[counted], dim=0)
-            own, target = asked.unbind(1)
-            chooser = queries[own - 1]
+            chooser = queries[on_device(own - 1)]
         else:
-            own, target, row = (x[counted] for x in (own, target, row))
-            there, place = torch.nonzero(row[:, None] == positions).unbind(1)
+            there, place = np.nonzero(row[:, None] == plan.positions.numpy())
             mine = q.new_zeros((len(row), *q.shape[2:]), dtype=dtype)
-            chooser = _over_ranks(mine.index_put((there,), q[0, place].to(dtype)), plan)
+            chooser = mine.index_put((on_device(there),), q[0, on_device(place)].to(dtype))
+            chooser = _over_ranks(chooser, plan)
         chooser = chooser.unflatten(1, (kv_heads, -1))  # [m, kv_heads, share, dim]
         if select.heads == "kv":
             chooser = chooser.sum(2, keepdim=True)
         scores = torch.einsum("mgsd,cgd->mgsc", chooser, keys) * scale
-        until = (own - hierarchy.window[1] + 1)[:, None]
-        allowed = (torch.arange(chunks, device=q.device) < until) & selectable
+        until = on_device(own - hierarchy.window[1] + 1)[:, None]
+        allowed = (torch.arange(chunks, device=q.device) < until) & on_device(selectable)
         scores = scores.masked_fill(~allowed[:, None, None], float("-inf"))
-        right = target[:, None, None].expand(scores.shape[:3])
+        right = on_device(target)[:, None, None].expand(scores.shape[:3])
         loss = F.cross_entropy(scores.flatten(0, 2), right.flatten(), reduction="sum")
         better = (scores.detach() > scores.detach().gather(3, right[..., None])).sum(3)
         chosen = (better < select.k - len(set(select.always) & {"first"})).sum()
-        count = right.new_tensor(right.numel())
-        return loss, torch.stack((chosen.to(dtype), count.to(dtype)))
+        return loss, torch.stack((chosen.to(dtype), torch.full_like(loss, right.numel())))
+
+
+def _counted(lookups: Ints, plan: Plan) -> tuple[Ints, Ints, Ints]:
+    """(positions, their chunks, chunks to be chosen) of what is counted."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None and hierarchy.spec.select is not None
+    row, own, target = lookups[:, 0], lookups[:, 0] // hierarchy.chunk, lookups[:, 1] // hierarchy.chunk
+    counted = (target < own - hierarchy.window[1] + 1) & hierarchy.selectable[target]
+    row, own, target = row[counted], own[counted], target[counted]
+    if hierarchy.spec.select.per == "tile":
+        # One a tile and chunk, however many of its rows foretell a byte of the answer.
+        _, first = np.unique(own * hierarchy.chunks + target, return_index=True)
+        row, own, target = row[first], own[first], target[first]
+    return row, own, target
 
 
 def _over_ranks(x: Tensor, plan: Plan) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +22,17 @@ from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
 from distattn.kernels.decode import decode_attention
 from distattn.kernels.rows import gate, merge
-from distattn.kernels.selected import AnyTable
+from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
-from distattn.paged import Tiles, place, table_of, wanted
+from distattn.kernels.uploads import upload
+from distattn.paged import Line, Tiles
 from distattn.patterns import Causal
 from distattn.policies import HeaviestPages, page_logs
 from distattn.presets import dense
 from distattn.routes import Part, Routes
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
-from distattn.tiles import visit
+from distattn.tiles import assemble, visit
 
 if TYPE_CHECKING:
     from distattn.cache import Cache
@@ -49,8 +50,8 @@ class _Group:
 
     plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
     sequence.
-    table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
-    query tiles that attend to tokens alone; None if there is none.
+    table: of tokens. summaries: of summaries, where these follow from positions alone. blind: int64, rows of this
+    rank's query tiles that attend to tokens alone; None if there is none.
     """
 
     plan: LevelPlan | None
@@ -86,10 +87,10 @@ class Step:
         said = repr((list(counts.items()), start.tolist())).encode()
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
-        self._groups: dict[AttentionSpec, _Group] = {}
         self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
         self._choices: dict[int, Tensor] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
+        self._groups = {spec: self._group(spec) for spec in dict.fromkeys(cache.specs)}
 
     def home(self, row: int) -> int:
         """The rank that computes a row."""
@@ -131,38 +132,49 @@ class Step:
         scale = cache.head_dim**-0.5 if scale is None else scale
         spec, extras = cache.specs[layer], extras or AttentionExtras()
         self._check(q, k, v, spec, extras)
-        if spec not in self._groups:
-            self._groups[spec] = self._group(spec)
         group = self._groups[spec]
         plain = k if extras.pool_keys is None else extras.pool_keys
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
         pool_k[slots], pool_v[slots] = kept_k, kept_v
-        parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
+        gated = spec.merge == "gate"
+        # What is final is written as it is returned.
+        final = group.routes.stays_here and (gated or group.plan is None)
+        dtype = q.dtype if final else accumulator_dtype(q.dtype)
+        parts = [attend_tiles(asks, Source(pool_k, pool_v, group.table), scale, dtype)]
         if isinstance(cache.keep, HeaviestPages):
             self._observe(layer, group, asks, cache.keep.observed, scale)
         if everyone is not None:
-            parts += self._beside_tokens(layer, group, asks, everyone, extras, scale, choice_of)
-        gated = spec.merge == "gate"
+            more = self._beside_tokens(layer, group, everyone, extras, scale, choice_of)
+            if gated:
+                parts += [attend_tiles(asks, source, scale, dtype) for source in more]
+            else:
+                parts = [self._go_on(asks, parts[0], more, scale, group.blind)]
+        merged = [out.to(q.dtype).unsqueeze(0) for out, _ in group.routes.come_back(parts, q.shape[1])]
         if not gated:
-            parts = [reduce(lambda a, b: merge(*a, *b), parts)]
-        merged = group.routes.come_back(parts, q.shape[1])
-        if not gated:
-            return merged[0][0].to(q.dtype).unsqueeze(0)
+            return merged[0]
         assert extras.gates is not None  # it was checked
-        return gate([out.to(q.dtype).unsqueeze(0) for out, _ in merged], extras.gates)
+        return gate(merged, extras.gates)
+
+    def _go_on(self, q: Tensor, part: Part, more: Iterable[Source], scale: float, blind: Tensor | None) -> Part:
+        """Under the softmax of a part, more sources. blind: rows that do not visit them."""
+        before = None if blind is None else (part[0][blind], part[1][blind])
+        for source in more:
+            part = attend_tiles(q, source, scale, part[0].dtype, part)
+        if before is not None:
+            part[0][blind], part[1][blind] = before
+        return part
 
     def _beside_tokens(
         self,
         layer: int,
         group: _Group,
-        q: Tensor,
         everyone: tuple[Tensor, ...],
         extras: AttentionExtras,
         scale: float,
         choice_of: int | None,
-    ) -> list[Part]:
-        """What this rank's pages of summaries, and its pages of chosen chunks, add.
+    ) -> Iterator[Source]:
+        """This rank's pages of summaries, and its pages of chosen chunks.
 
         everyone: queries, and what is pooled, of all new rows.
         """
@@ -174,7 +186,6 @@ class Step:
             levels.pool(slot, start, rows[1], rows[2], extras)
             if group.asking and choice_of is None:
                 chosen.append(levels.choose(slot, group.asking[number], rows[0], extras, scale))
-        parts: list[Part] = []
         choice = self._choices.get(choice_of) if choice_of is not None else None
         if chosen:
             choice = self._choices[layer] = torch.cat(chosen, dim=1)
@@ -184,21 +195,17 @@ class Step:
             if table is None:
                 assert choice is not None and group.choosing is not None
                 table = plan.summary_table(choice, group.choosing, self._slots_there, cache.rank, cache.world_size)
-            parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
+            yield Source(levels.k, levels.v, table, levels.bias)
         if plan is not None and choice is not None:
             assert group.choosing is not None
             sub_pages, first_of = self._sub_pages(plan.sub_page)
             own = cache.k[layer].shape[0] // plan.sub_page
             table = plan.chosen_table(choice, group.choosing, sub_pages, first_of, own)
-            parts.append(attend_tiles(q, cache.k[layer], cache.v[layer], table, scale))
-        if group.blind is not None:
-            for out, lse in parts:
-                out[group.blind], lse[group.blind] = 0.0, -torch.inf
-        return parts
+            yield Source(cache.k[layer], cache.v[layer], table)
 
     def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
         """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
-        cache, (first, owner, block) = self.cache, self._pages
+        cache, (first, owner, block) = self.cache, self._line
         patterns = [causal(pattern) for pattern in cache.specs[layer].tokens.by_head(cache.heads)]
         for number, stop in enumerate(self.count.cumsum().tolist()):
             rows = np.arange(stop - min(int(self.count[number]), observed), stop)
@@ -277,12 +284,11 @@ class Step:
             raise ConfigError(why)
 
     @cached_property
-    def _pages(self) -> tuple[Ints, Ints, Ints]:
-        """(first int64 [sequences + 1], owner, block) of the pages of all sequences, one after the other."""
+    def _line(self) -> Line:
         found = [self.cache.tables.pages(sequence) for sequence in self.counts]
         first = np.cumsum([0, *(len(owner) for owner, _ in found)])
         owner, block = (np.concatenate(x).astype(np.int64) for x in zip(*found, strict=True))
-        return first, owner, block
+        return Line(first, owner, block)
 
     @cached_property
     def _slots(self) -> Ints:
@@ -291,17 +297,17 @@ class Step:
 
     @cached_property
     def _slots_there(self) -> Tensor:
-        return torch.from_numpy(self._slots).to(self.cache.device)
+        return upload([self._slots], self.cache.device)[0]
 
     def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
         if rows not in self._small:
-            first, owner, block = self._pages
+            first, owner, block = self._line
             pieces = self.cache.block_k // rows
-            at = np.where(owner == self.cache.rank, block, -1)[:, None] * pieces + np.arange(pieces)
+            at = block[:, None] * pieces + np.arange(pieces)
             at[owner != self.cache.rank] = -1
-            arrays = at.ravel(), first * pieces
-            self._small[rows] = tuple(torch.from_numpy(x).to(self.cache.device) for x in arrays)  # type: ignore[assignment]
+            pages, begin = upload([at.ravel(), first * pieces], self.cache.device)
+            self._small[rows] = pages, begin
         return self._small[rows]
 
     def _group(self, spec: AttentionSpec) -> _Group:
@@ -312,41 +318,34 @@ class Step:
             plan = cache.retrieval if few else None
         rows, unit = (1 if few else _BLOCK_Q, 1) if plan is None else plan.tile(few, _BLOCK_Q)
         tiles = Tiles.of(self.start, self.count, rows, unit)
-        first, owner, block = self._pages
-
-        def where(tile: Ints, page: Ints) -> tuple[Ints, Ints]:
-            sequence = tiles.sequence[tile]
-            at = first[sequence] + page
-            there = at < first[sequence + 1]  # rows behind the new ones of a sequence may ask for more
-            at = np.where(there, at, 0)
-            return np.where(there, owner[at], -1), block[at]
-
         tokens = spec.tokens if plan is None else plan.spec.tokens
         patterns = [causal(pattern) for pattern in tokens.by_head(cache.heads)]
         distinct = list(dict.fromkeys(patterns))
         length = int((self.start + self.count).max())
         axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, cache.block_k)
-        placed = [place(visit(pattern, *axes), where) for pattern in distinct]
+        visits = [self._line.moved(visit(pattern, *axes), tiles) for pattern in distinct]
         head_table = tuple(distinct.index(pattern) for pattern in patterns)
-        asked = wanted(placed, len(tiles), cache.world_size) | everywhere
+        asked = np.full((len(tiles), cache.world_size), everywhere)
+        if not everywhere:
+            asked |= np.logical_or.reduce([self._line.asked(one, cache.world_size) for one in visits])
         routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, everywhere, cache.device)
-        blocks, kept = (tiles.block, cache.block_k), asked[:, cache.rank]
-        table = table_of(placed, cache.rank, kept, head_table, blocks, cache.tables.blocks)
+        blocks, kept = (tiles.block, cache.block_k), np.flatnonzero(asked[:, cache.rank])
+        extents = self._line.of_rank(cache.rank)
+        parts = [[(one.rows(kept), extents)] for one in visits]
+        table = assemble(parts, head_table, len(kept), blocks, cache.tables.blocks, 0)
         if plan is None:
             return _Group(None, tiles, routes, table)
         summaries = None
         if spec.summaries and (spec.select is None or spec.merge == "gate"):
-            visited = plan.visited(tiles, self._slots, cache.world_size)
-            pages = cache.sequences * plan.rows // cache.block_k
-            summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
+            summaries = plan.visited_table(tiles, self._slots, cache.rank, cache.world_size)
         asking: tuple[Asking, ...] = ()
         choosing = None
         if plan.spec.select is not None:
             choosing = plan.choice_tiles(tiles, self.start + self.count)
             of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
             asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
-        blind = torch.from_numpy(plan.blind(tiles))
-        on_device = blind.to(cache.device) if bool(blind.any()) else None
+        blind = plan.blind(tiles)
+        on_device = upload([blind], cache.device)[0] if len(blind) else None
         return _Group(plan, tiles, routes, table, choosing, asking, summaries, on_device)
 
 
@@ -355,17 +354,36 @@ def causal(pattern: Pattern) -> Pattern:
     return pattern if isinstance(pattern, Causal) else Causal() & pattern
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, table: AnyTable, scale: float, bias: Tensor | None = None) -> Part:
-    """(out [rows, heads, value_dim], lse [rows, heads]) of query tiles, in the accumulator's dtype.
+class Source(NamedTuple):
+    """Pages that query tiles attend to: k, v [slots, kv_heads, dim]; bias [slots, kv_heads], or None."""
 
-    q: [rows, heads, head_dim]. k, v: [slots, kv_heads, dim]. bias: [slots, kv_heads].
+    k: Tensor
+    v: Tensor
+    table: AnyTable
+    bias: Tensor | None = None
+
+
+def attend_tiles(q: Tensor, source: Source, scale: float, dtype: torch.dtype, before: Part | None = None) -> Part:
+    """(out [rows, heads, value_dim], lse [rows, heads]) of query tiles q [rows, heads, head_dim].
+
+    dtype: of out; that of the accumulator, or, of tiles of several queries without ``before``, that of q.
+    before: of other pages, under one softmax with these, and perhaps overwritten.
     """
+    k, v, table, bias = source
     if table.block_q == 1:
-        return decode_attention(q, k, v, table, scale=scale, bias=bias)
-    dtype = accumulator_dtype(q.dtype)
-    out = q.new_zeros((1, q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
-    lse = q.new_full(out.shape[:3], -torch.inf, dtype=dtype)
+        part = decode_attention(q, k, v, table, scale=scale, bias=bias)
+        return part if before is None else merge(*before, *part)
+    if before is None:
+        out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
+        lse = q.new_empty(out.shape[:2], dtype=accumulator_dtype(q.dtype))
+        if isinstance(table, SelectedTable) or table.has_empty_rows:  # rows that visit nothing are left alone
+            out.zero_()
+            lse.fill_(-torch.inf)
+        part = out, lse
+    else:
+        part = before
     own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
     biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
-    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale, bias=biases)
-    return out[0], lse[0]
+    whole = q.unsqueeze(0), own, nothing, table, part[0].unsqueeze(0), part[1].unsqueeze(0)
+    attention_forward(*whole, scale=scale, resume=before is not None, bias=biases)
+    return part

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distattn.kernels.uploads import upload
 from distattn.spans import Bools, Ints
 
 
@@ -30,7 +31,7 @@ class OnDevices:
     def on(self, device: torch.device, name: str) -> torch.Tensor:
         """The array that is the attribute ``name``."""
         if (device, name) not in self._copies:
-            self._copies[device, name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device)
+            (self._copies[device, name],) = upload([np.asarray(getattr(self, name))], device)
         return self._copies[device, name]
 
 

@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from distattn.errors import ConfigError
 
 Bytes = NDArray[np.uint8]
+# Of a fact, until one is found that the text says nothing of, such as an assignment to a variable that it has.
+_DRAWS = 100
 
 
 class Fact(NamedTuple):
@@ -77,14 +79,17 @@ def sample(name: str, length: int, text: Bytes, rng: Generator, depth: float | N
             planted at the next earlier end of a line; the text ends with one.
 
     Raises:
-        ConfigError: there is no such task, depth is out of range, or length is too short for it.
+        ConfigError: there is no such task, depth is out of range, length is too short for it, or the text states facts.
     """
     if name not in TASKS:
         raise ConfigError(f"task is {name!r}; expected one of {', '.join(TASKS)}")
     if depth is not None and not 0 <= depth <= 1:
         raise ConfigError(f"depth is {depth}; expected 0 to 1")
-    fact = TASKS[name].fact(rng)
-    others = list(TASKS[name].others(rng, length))
+    whole = text.tobytes()
+    fact = next((one for one in (TASKS[name].fact(rng) for _ in range(_DRAWS)) if not _states(whole, one)), None)
+    if fact is None:
+        raise ConfigError(f"text states facts as the task {name} does; expected another text")
+    others = [line for line in TASKS[name].others(rng, length) if not _states(line, fact)]
     room = length - sum(map(len, (*fact.statements, fact.question, fact.answer)))
     while others and sum(map(len, others)) > max(room, 0):
         others.pop()
@@ -112,6 +117,11 @@ def sample(name: str, length: int, text: Bytes, rng: Generator, depth: float | N
     prompt = b"".join([*parts, around[before:].tobytes(), fact.question])
     evidence = tuple((begins[n], begins[n] + len(line)) for n, line in enumerate(fact.statements))
     return Sample(prompt, fact.answer, evidence)
+
+
+def _states(text: bytes, fact: Fact) -> bool:
+    """Whether a text begins to say what only the fact's statements may say, such as the code of the same name."""
+    return any(fact.statements[n][:there] in text for _, n, there, _ in fact.found)
 
 
 def line_ends(text: Bytes, depths: Sequence[float]) -> list[int]:

@@ -21,7 +21,7 @@ SHARES: tuple[tuple[Callable[[Generator], tasks.Fact], float], ...] = (
     (tasks.line_of_letters, 0.06),
     (tasks.assignment, 0.12),
 )
-BYTES_PER_FACT = 512
+BYTES_PER_FACT = 400
 
 
 class Window(NamedTuple):

@@ -54,5 +54,5 @@ def decode_attention(
     biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
     on_host = table.on_host if isinstance(table, SelectedTable) else table
     whole = out.unsqueeze(0), lse.unsqueeze(0)
-    attention_torch.forward(q.unsqueeze(0), own, nothing, on_host, *whole, scale, False, biases)
+    attention_torch.forward(q.unsqueeze(0), own, nothing, on_host, *whole, scale, None, biases)
     return out, lse

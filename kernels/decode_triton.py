@@ -8,7 +8,6 @@ unit takes. Programs beside each other read the heads of one page, which lie bes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from distattn.kernels.attention_triton import precision
 from distattn.kernels.selected import AnyTable, SelectedTable
+from distattn.kernels.uploads import upload
 from distattn.kernels.walk_triton import LN_2, LOG2_E, LOWEST
 from distattn.kernels.work import query_units
 from distattn.spans import Ints, concat_ranges
@@ -200,7 +200,7 @@ def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) ->
     units = query_units(table.head_table, kv_heads, 16, torch.device("cpu"))
     programs, cuts, numbers = _programs(units, table.tiles, (table.part_pages, table.full_pages), first, at_once)
     run_page = concat_ranges(table.full_first.astype(np.int64), table.full_count.astype(np.int64))
-    arrays = _together((programs, cuts, run_page, table.part_page, table.part_mask), device)
+    arrays = upload([_longer(x) for x in (programs, cuts, run_page, table.part_page, table.part_mask)], device)
     words = table.masks.words(device).flatten() if len(table.masks) else arrays[0]  # any will do where none is read
     return Split(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], words, *numbers)
 
@@ -220,7 +220,7 @@ def _selected(
     counts = (every, none) if masked else (none, every)
     units = query_units(head_table, kv_heads, 16, torch.device("cpu"))
     programs, cuts, numbers = _programs(units, shape[1], counts, (first, first), at_once)
-    some, others = _together((programs, cuts), device)
+    some, others = upload([_longer(programs), _longer(cuts)], device)
     return some, others, torch.arange(rows * number + 1, dtype=torch.int32, device=device), numbers
 
 
@@ -253,14 +253,9 @@ def _programs(
     return np.stack(columns, axis=1), cuts, (len(owner), len(cut), int(slots.sum()), heads)
 
 
-def _together(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
-    """Arrays as flat int32 tensors, copied at once; each begins where 16 bytes do, and has an entry more."""
-    sizes = [(array.size // 4 + 1) * 4 for array in arrays]
-    flat = np.zeros(sum(sizes), np.int32)
-    for array, stop in zip(arrays, np.cumsum(sizes), strict=True):
-        size = (array.size // 4 + 1) * 4
-        flat[stop - size : stop - size + array.size] = array.ravel()
-    return list(torch.from_numpy(flat).to(device).split(sizes))
+def _longer(array: NDArray[np.integer]) -> NDArray[np.int32]:
+    """Flat, with an entry more."""
+    return np.append(array.ravel(), 0).astype(np.int32)
 
 
 def decode(

@@ -107,7 +107,7 @@ def run_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel for GPUs, in Triton's interpreter where there is none."""
     from distattn.kernels import decode, decode_triton
 
-    def forward(q, own, nothing, table, out, lse, scale, resume, bias):  # type: ignore[no-untyped-def]
+    def forward(q, own, nothing, table, out, lse, scale, before, bias):  # type: ignore[no-untyped-def]
         flat = None if bias is None else bias.own[0]
         decode_triton.decode(q[0], own.k[0], own.v[0], flat, table, out[0], lse[0], scale)
 

@@ -278,6 +278,30 @@ def test_hierarchies_and_their_choices_match_the_oracle(gpus: RankPool) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
+def again(context: Context) -> tuple[bool, list[float]]:
+    """Whether steps that follow one another at once give the same bits, and how far they are from one GPU's.
+
+    They are long enough for asks, chunks and tiles to be under way at the same time.
+    """
+    spec = presets.hierarchical(1024, (64, 1024), (16,), 8, "tile", global_keys=range(64))
+    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 128}
+    plan, alone = (make_plan(spec, 65_536, **sizes, mesh=mesh) for mesh in (context.mesh, None))
+    every = [random(65_536, n, 128, seed=n).to(context.device, torch.bfloat16) for n in (8, 2, 2)]
+    steps = []
+    for some in (plan, alone):
+        rows = [some.shard(x).clone().requires_grad_() for x in every]
+        outs = [attend(*rows, some) for _ in range(6)]
+        steps.append([[out.detach(), *torch.autograd.grad(out.float().square().sum(), rows)] for out in outs])
+    mine, theirs = steps
+    same = all(torch.equal(x, y) for step in mine[1:] for x, y in zip(step, mine[0], strict=True))
+    return same, [reference.max_error(x, plan.shard(y).double()) for x, y in zip(mine[0], theirs[0], strict=True)]
+
+
+def test_steps_that_follow_at_once_give_the_same_bits(gpus: RankPool) -> None:
+    for same, errors in gpus(2, again):
+        assert same and max(errors) < 2e-2, errors
+
+
 # Faults
 
 DEADLINE = 1.5  # the launcher waits 5 s for the others once a rank is dead, and these look for it after the deadline

@@ -20,21 +20,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from torch import Tensor
 
-from distattn import reference, tasks, weights
-from distattn.attend import Selection
+from distattn import tasks, weights
 from distattn.conf.schema import Config, NeedleConfig
 from distattn.data import Corpus, open_corpus
 from distattn.errors import ConfigError, PeerLost
-from distattn.extras import AttentionExtras
+from distattn.jobs import fidelity
 from distattn.jobs.context import Context
 from distattn.jobs.generate import check_weights, load_decoder
 from distattn.jobs.machine import device_name, synchronize
 from distattn.jobs.prefill import layer_plans
 from distattn.jobs.settings import attention_spec, check_decoder
 from distattn.model import Decoder, Observer
-from distattn.patterns import Causal
 from distattn.plan import Plan
 
 TRAINED, WINDOW = "trained", "window"
@@ -63,23 +60,6 @@ class Row:
     bits_per_byte: float
     pairs: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """A layer's attention beside dense attention to the same keys and values.
-
-    Attributes:
-        error: norm of the difference by the norm of the dense output, the mean over rows and heads.
-        mass: of dense attention that lies on tokens which are attended exactly, the mean over rows and heads.
-    """
-
-    length: int
-    attention: str
-    layer: int
-    rows: int
-    error: float
-    mass: float
 
 
 def check(config: Config) -> None:
@@ -112,12 +92,10 @@ def check(config: Config) -> None:
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Asks, and reports."""
     job = _job(config)
-    if job.fidelity_rows and context.world_size > 1:
-        raise ConfigError(f"job.fidelity_rows is {job.fidelity_rows}; expected 0 on {context.world_size} ranks")
     text = haystack(config)
     model = load_decoder(config, context, weights_of(job))
     rows: list[Row] = []
-    fidelities: list[Fidelity] = []
+    fidelities: list[fidelity.Fidelity] = []
     total = len(job.lengths) * len(job.attention) * len(job.tasks) * job.depths * job.samples
     done = 0
     for length in job.lengths:
@@ -127,7 +105,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 observer = None
                 if job.fidelity_rows and not number:
                     layers = {*range(config.model.layers)} - {*config.model.window_layers}
-                    observer = Comparison(plans, layers, name, job.fidelity_rows, config.seed)
+                    observer = fidelity.Comparison(plans, layers, name, job.fidelity_rows, config.seed, context)
                 for depth in ((n + 0.5) / job.depths for n in range(job.depths)):
                     found = []
                     for seed in range(job.samples):
@@ -157,7 +135,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = [_table(rows)]
     if fidelities:
-        lines.append(_fidelity_table(fidelities))
+        lines.append(fidelity.table(fidelities))
     if job.picture:
         lines.append(_pictures(rows, folder))
     lines.append(f"report            {folder / 'report.json'}; needle.csv beside it")
@@ -166,12 +144,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answered:
-    """right: of the answer's bytes, the likeliest ones. size: bytes of the answer. bits: a byte before the question."""
+    """right: of the answer's bytes, the likeliest ones. size: bytes of the answer. bits: a byte before the question.
+
+    said: what greedy decoding gives, up to the first byte that is wrong: from there on it would read its own bytes.
+    """
 
     right: int
     size: int
     bits: float
     seconds: float
+    said: bytes
 
 
 @torch.no_grad()
@@ -193,19 +175,24 @@ def ask(
     synchronize(context)
     began = time.perf_counter()
     hidden = model(tokens, plans, observe)
-    answers = torch.from_numpy(np.flatnonzero((rows >= first - 1) & (rows < len(text) - 1))).to(context.device)
-    right = (model.logits(hidden[0, answers]).argmax(-1) == labels[0, answers]).sum()
+    foretells = np.flatnonzero((rows >= first - 1) & (rows < len(text) - 1))
+    likeliest = model.logits(hidden[0, torch.from_numpy(foretells).to(context.device)]).argmax(-1).double()
     synchronize(context)
     seconds = time.perf_counter() - began
     before = torch.from_numpy(rows < first - 256).to(context.device)
     nats = model.loss(hidden, labels)[0, before].double().sum()
-    sums = torch.stack((right.double(), nats, before.sum().double()))
+    sums = torch.zeros(2 + len(sample.answer), dtype=torch.float64, device=context.device)
+    sums[0], sums[1] = nats, before.sum()
+    sums[torch.from_numpy(rows[foretells] - first + 3).to(context.device)] = likeliest  # one rank has each
     if context.mesh is not None:
         try:
             dist.all_reduce(sums, group=context.mesh.get_group())
         except RuntimeError as error:
             raise PeerLost(f"rank {context.rank}: adding up answers failed: {error}") from error
-    return Answered(int(sums[0]), len(sample.answer), float(sums[1] / sums[2] / math.log(2)), seconds)
+    answer = np.array(sums[2:].tolist()).astype(np.uint8)
+    hits = answer == np.frombuffer(sample.answer, np.uint8)
+    said = answer[: np.append(hits, False).argmin() + 1].tobytes()
+    return Answered(int(hits.sum()), len(hits), float(sums[0] / sums[1] / math.log(2)), seconds, said)
 
 
 def weights_of(job: NeedleConfig) -> str:
@@ -245,59 +232,6 @@ def haystack(config: Config) -> tasks.Bytes:
     return corpus.read(min(config.data.offset, len(corpus) - 1), len(corpus))
 
 
-class Comparison:
-    """Observes the layers of a pass, and compares rows of them with dense attention; on one rank."""
-
-    def __init__(self, plans: Sequence[Plan], layers: set[int], attention: str, rows: int, seed: int) -> None:
-        self.plans, self.layers, self.attention, self.found = plans, layers, attention, list[Fidelity]()
-        length = plans[0].seq_len
-        self.rows = np.unique(np.random.default_rng(seed).integers(length // 2, length, rows))
-
-    def observe(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        extras: AttentionExtras,
-        selection: Selection | None,
-    ) -> None:
-        if layer not in self.layers:
-            return
-        plan = self.plans[layer]
-        place = torch.from_numpy(self.rows).to(q.device)
-        queries = q[:, place].double()
-        dense, lse = reference.attention_rows(queries, place.cpu(), k, v, Causal())
-        _, exact = reference.attention_rows(queries, place.cpu(), k, v, plan.spec.tokens)
-        mass = (exact - lse).exp()[0]  # [rows, heads]
-        if selection is not None and plan.spec.select is not None:
-            mass = mass + self._chosen_mass(queries[0], k[0], lse[0], plan, selection)
-        got = out[:, place].double()
-        error = (got - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-30)
-        numbers = float(error.mean()), float(mass.mean())
-        self.found.append(Fidelity(plan.seq_len, self.attention, layer, len(self.rows), *numbers))
-
-    def _chosen_mass(self, q: Tensor, k: Tensor, lse: Tensor, plan: Plan, selection: Selection) -> Tensor:
-        """[rows, heads] of dense attention on the chosen chunks' tokens, but for those that are attended anyway."""
-        select = plan.spec.select
-        assert select is not None
-        step = 1 if select.per == "token" else select.chunk
-        heads, tables = q.shape[1], selection.chunks.shape[1]
-        share, mass = heads // k.shape[1], torch.zeros_like(lse)
-        for n, row in enumerate(self.rows.tolist()):
-            for head in range(heads):
-                chosen = selection.chunks[0, head * tables // heads, row // step]
-                chosen = chosen[chosen >= 0].long()
-                keys = (chosen[:, None] * select.chunk + torch.arange(select.chunk, device=q.device)).flatten()
-                keys = keys[keys <= row]
-                allowed = plan.spec.tokens.allows(np.full(len(keys), row), keys.cpu().numpy())
-                keys = keys[torch.from_numpy(~allowed).to(q.device)]
-                scores = k[keys, head // share].double() @ q[n, head] * q.shape[2] ** -0.5
-                mass[n, head] = (scores - lse[n, head]).exp().sum()
-        return mass
-
-
 def _row(
     task: str, length: int, attention: str, depth: float, found: list[Answered], plans: list[Plan], config: Config
 ) -> Row:
@@ -318,7 +252,7 @@ def _row(
     )
 
 
-def _write(path: Path, rows: Sequence[Row] | Sequence[Fidelity]) -> None:
+def _write(path: Path, rows: Sequence[Row] | Sequence[fidelity.Fidelity]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(vars(rows[0]))
@@ -338,12 +272,6 @@ def _table(rows: Sequence[Row]) -> str:
             f"{key[0]:<16}{key[1]:<14}{key[2]:>10,}{f'{right} of {prompts}':>12}{share:>8.0%}{bits:>11.3f}"
             f"{some[0].pairs:>9.2%}{min(row.seconds for row in some):>8.2f}"
         )
-    return "\n".join(lines)
-
-
-def _fidelity_table(found: Sequence[Fidelity]) -> str:
-    lines = [f"{'attention':<14}{'length':>10}{'layer':>7}{'error':>10}{'mass':>8}"]
-    lines += [f"{x.attention:<14}{x.length:>10,}{x.layer:>7}{x.error:>10.1%}{x.mass:>8.1%}" for x in found]
     return "\n".join(lines)
 
 
@@ -377,7 +305,32 @@ def _pictures(rows: Sequence[Row], folder: Path) -> str:
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
         paths.append(path.name)
+    if len({row.attention for row in rows}) > 2:
+        paths.append(_frontier(rows, folder, pyplot).name)
     return f"pictures          {', '.join(paths)} in {folder}"
+
+
+def _frontier(rows: Sequence[Row], folder: Path, pyplot: Any) -> Path:
+    """Draws accuracy by the time of a pass at the greatest length, a point for each attention, and returns the path."""
+    length = max(row.length for row in rows)
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    points = []
+    for name in dict.fromkeys(row.attention for row in rows):
+        some = [row for row in rows if (row.attention, row.length) == (name, length)]
+        seconds, right = min(row.seconds for row in some), sum(row.right for row in some)
+        points.append((seconds * 1e3, right / sum(row.prompts for row in some), name))
+    best = -1.0
+    for x, y, name in sorted(points, key=lambda point: (point[0], -point[1])):
+        axes.scatter(x, y, color="tab:green" if y > best else "tab:gray", zorder=3)
+        axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=20)
+        best = max(best, y)
+    axes.set(xlabel="milliseconds of a pass", ylabel="answers that are right", ylim=(-0.05, 1.15), xscale="log")
+    axes.set_title(f"{length:,} bytes; green: none is both faster and better")
+    axes.grid(alpha=0.3)
+    path = folder / "frontier.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def _job(config: Config) -> NeedleConfig:

@@ -21,10 +21,10 @@ from distattn.attend import Selection
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
 from distattn.errors import ConfigError
-from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
+from distattn.jobs.sampled import Sampled
 from distattn.jobs.settings import attention_spec, check_decoder, layer_specs, model_config, plan_options
 from distattn.model import DTYPES, Decoder
 from distattn.operators import sent
@@ -174,18 +174,8 @@ class _Checker:
         synchronize(self.context)
         start = time.perf_counter()
         plan = self.plans[layer]
-        owner = plan.layout.owner_of(self.positions)
-        mine = torch.from_numpy(np.searchsorted(plan.positions.numpy(), self.positions[owner == plan.rank]))
-        mine = mine.to(q.device)
-        order = torch.from_numpy(np.argsort(np.argsort(owner, kind="stable"), kind="stable"))
-        counts = np.bincount(owner, minlength=plan.world_size).tolist()
-
-        def everywhere(x: Tensor) -> Tensor:
-            """The sampled rows of all ranks, by position: [rows, ...]."""
-            rows: Tensor = _gather(x, counts, self.context)[order.to(x.device)]
-            return rows
-
-        rows, got = everywhere(q[0, mine]).unsqueeze(0), everywhere(out[0, mine]).unsqueeze(0)
+        sampled = Sampled(plan, self.positions, self.context)
+        rows, got = (sampled.everywhere(x[0, sampled.mine]).unsqueeze(0) for x in (q, out))
         more: list[reference.Part] = []
         if plan.spec.is_static:
             part, part_lse = reference.attention_rows(
@@ -194,8 +184,9 @@ class _Checker:
         else:
             chosen = None
             if selection is not None:
-                tile = mine if selection.spec is None or selection.spec.per == "token" else mine // selection.spec.chunk
-                chosen = everywhere(selection.chunks[0, :, tile].transpose(0, 1)).cpu()
+                spec = selection.spec
+                tile = 1 if spec is None or spec.per == "token" else spec.chunk
+                chosen = sampled.chosen(selection.chunks, tile).cpu()
             (part, part_lse), summaries = hierarchy_rows.attention_rows(
                 rows,
                 self.positions.tolist(),
@@ -206,35 +197,13 @@ class _Checker:
                 key_positions=plan.positions,
                 chosen=chosen,
                 extras=extras,
-                total=lambda x: _total(x, self.context),
+                total=sampled.total,
             )
             more.append(summaries)
-        ranks = [1] * plan.world_size
-        parts = list(
-            zip(
-                _gather(part, ranks, self.context, split=True),
-                _gather(part_lse, ranks, self.context, split=True),
-                strict=True,
-            )
-        )
-        expected, _ = reference.merge([*parts, *more])
+        expected, _ = sampled.merged(part, part_lse, more)
         self.errors.append(reference.max_error(got, expected))
         self.context.progress("prefill", layer + 1, len(self.plans) + 1)
         self.seconds += time.perf_counter() - start
-
-
-def _gather(x: Tensor, counts: list[int], context: Context, split: bool = False) -> Any:
-    """All ranks' rows along dim 0: joined, or as a list by rank."""
-    mesh = context.mesh
-    parts = [x] if mesh is None else gather_rows(x.contiguous(), counts, mesh.get_group().group_name)
-    return parts if split else torch.cat(parts)
-
-
-def _total(x: Tensor, context: Context) -> Tensor:
-    """The sum over all ranks."""
-    if context.mesh is not None:
-        dist.all_reduce(x, group=context.mesh.get_group())
-    return x
 
 
 def _arithmetic(plans: list[Plan]) -> dict[str, float]:

@@ -14,6 +14,9 @@ from distattn.data import Corpus
 from distattn.plan import Plan
 from distattn.windows import Window, recall_window, text_window
 
+# Bytes of the largest corpus that each rank keeps in memory.
+IN_MEMORY = 1 << 30
+
 
 class Shard:
     """This rank's rows of windows that lie side by side.
@@ -21,22 +24,20 @@ class Shard:
     Attributes:
         tokens, labels: [batch, plan.tokens]. weights: float32, the same, of the labels' losses; those of all ranks'
             rows of a window have the sum 1. asked: bool, the same.
-        lookups: of each window, int64 [m, 2], see :class:`Window`; of whole windows.
+        lookups: of each window, see :class:`Window`; of whole windows, on the host.
     """
 
     def __init__(self, windows: list[Window], plan: Plan, device: torch.device) -> None:
         rows = np.concatenate([np.arange(*segment) for segment in plan.segments] or [np.empty(0, np.int64)])
 
-        def there(x: Tensor) -> Tensor:
-            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
         def mine(parts: list[NDArray[np.generic]]) -> Tensor:
-            return there(torch.from_numpy(np.stack([part[rows] for part in parts])))
+            x = torch.from_numpy(np.stack([part[rows] for part in parts]))
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
         self.tokens, self.labels = mine([w.tokens for w in windows]), mine([w.labels for w in windows])
         self.asked = mine([w.asked for w in windows])
         self.weights = mine([w.weights.astype(np.float32) for w in windows])
-        self.lookups = [there(torch.from_numpy(w.lookups)) for w in windows]
+        self.lookups = [w.lookups for w in windows]
 
 
 class Reader:
@@ -50,7 +51,8 @@ class Reader:
 
     def __init__(self, config: Config, corpus: Corpus, group: int = 0) -> None:
         assert isinstance(config.job, TrainConfig)
-        self._config, self._job, self._corpus, self._group = config, config.job, corpus, group
+        self._config, self._job, self._group = config, config.job, group
+        self._corpus = corpus.in_memory(IN_MEMORY)
         self._thread = ThreadPoolExecutor(1, "windows")
         self._ahead: tuple[int, Future[list[list[Window]]]] | None = None
 

@@ -46,6 +46,8 @@ def check(config: Config) -> None:
     for name in ("steps", "batch", "accumulate", "data_ranks", "validate_windows", "log_every", "save_every"):
         if getattr(job, name) < 1:
             raise ConfigError(f"job.{name} is {getattr(job, name)}; expected at least 1")
+    if job.until is not None and not 1 <= job.until <= job.steps:
+        raise ConfigError(f"job.until is {job.until}; expected 1 to job.steps, {job.steps}, or null")
     if not 0 < job.learning_rate < math.inf:
         raise ConfigError(f"job.learning_rate is {job.learning_rate}; expected more than 0")
     if not 0 <= job.warmup <= job.steps:
@@ -137,15 +139,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if context.rank == 0:
             context.log(f"training resumes after step {begun.step:,}, from {begun.path}")
 
-    every = job.validate_every
+    every, last = job.validate_every, job.steps if job.until is None else job.until
     windows = [] if held_out is None or every is None else Reader(config, held_out).held_out(job.validate_windows)
     seconds, began = 0.0, time.perf_counter()
     pending: list[Measured] = []
     with Curve(path, first) if context.rank == 0 else nullcontext() as curve:
-        for step in range(first + 1, job.steps + 1):
+        for step in range(first + 1, last + 1):
             pending.append(trainer.step(step))
-            looks = every is not None and (step % every == 0 or step == job.steps)
-            saves = step % job.save_every == 0 or step == job.steps
+            looks = every is not None and (step % every == 0 or step == last)
+            saves = step % job.save_every == 0 or step == last
             if not (looks or saves or step % job.log_every == 0):
                 continue
             # Reading waits for the device; what is not finite ends the run here, before anything is saved.
@@ -157,7 +159,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             if looks:
                 rows[-1] = replace(rows[-1], held_out_bits=trainer.validate(windows))
             speed = f"{rows[-1].tokens_per_second:,.0f}"
-            context.progress("train", step, job.steps, loss=f"{rows[-1].loss:.4f}", tokens_per_s=speed)
+            context.progress("train", step, last, loss=f"{rows[-1].loss:.4f}", tokens_per_s=speed)
             if curve is not None:
                 curve.add(rows)
             if saves:
@@ -185,16 +187,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "attention": [plan.spec.text for plan in trainer.plans],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "tokens_per_step": trainer.tokens,
-        "steps": job.steps,
+        "steps": last,
         "resumed_after": first,
         "curve": [(row.step, row.bits_per_byte) for row in (rows[:1] + rows[-1:])],
-        "answer_bits": rows[-1].answer_bits,
-        "chosen": rows[-1].chosen,
-        "held_out_bits": rows[-1].held_out_bits,
+        "answer_bits": rows[-1].answer_bits if rows else None,
+        "chosen": rows[-1].chosen if rows else None,
+        "held_out_bits": rows[-1].held_out_bits if rows else None,
         "held_out": None if held_out is None else held_out.fingerprint,
         "export": job.export,
         "seconds": seconds,
-        "tokens_per_second": (job.steps - first) * trainer.tokens / seconds if seconds else None,
+        "tokens_per_second": (last - first) * trainer.tokens / seconds if seconds else None,
         "peak_bytes": peaks,
         "checkpoint": None if previous is None else str(previous),
     }
