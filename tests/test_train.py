@@ -1,6 +1,7 @@
 """Training: the same curve on any number of ranks, and after any interruption."""
 
 import argparse
+import email
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 from rank_pool import RankPool
 
 import distattn
-from distattn import checkpoint
+from distattn import checkpoint, weights
 from distattn.conf import schema
 from distattn.data import open_corpus
 from distattn.errors import CheckpointError, ConfigError, DistattnError, NotFinite
@@ -244,16 +245,16 @@ def test_windows_differ_and_have_a_next_byte() -> None:
 
 def test_groups_of_ranks_with_windows_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
     """Two groups that read one window each learn what one group learns of two, one after the other."""
-    curves = {}
-    for groups, count in ((1, 1), (2, 2), (2, 4)):
-        folder = tmp_path / f"{groups} {count}"
+    curves = []
+    for groups, count, heads in ((1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 4, 2)):
+        folder = tmp_path / f"{groups} {count} {heads}"
         folder.mkdir()
         parts = [f"job.data_ranks={groups}", f"job.accumulate={2 // groups}", "job.steps=6"]
-        (first, *_) = ranks(count, run, str(folder), parts)
+        (first, *_) = ranks(count, run, str(folder), [*parts, "model.kv_heads=2", f"layout.head_ranks={heads}"])
         assert first["error"] is None and first["result"]["tokens_per_step"] == 602
-        curves[count] = curve_of(folder)
-    for other in (2, 4):
-        for mine, theirs in zip(curves[1], curves[other], strict=True):
+        curves.append(curve_of(folder))
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other, strict=True):
             assert theirs == pytest.approx(mine, abs=1e-4)
 
 
@@ -277,6 +278,66 @@ def test_chosen_chunks_too_are_the_same_after_a_stop(ranks: RankPool, tmp_path: 
     assert curves[2, None] == curves[2, 6]
     for mine, theirs in zip(curves[1, None], curves[2, None], strict=True):
         assert theirs == pytest.approx(mine, abs=1e-4)
+
+
+# Facts in windows side by side, chunks whose choice is taught, files that are held out.
+RECALL = [
+    *HIERARCHICAL, "attention.top_k=1", "attention.per=tile", f"data.path={Path(email.__file__).parent}",
+    "data.suffix=.py", "data.held_out=0.3", "seq_len=400", "job.curriculum=recall", "job.choice_weight=0.5",
+    "job.batch=2", "job.steps=5", "job.validate_every=3", "job.validate_windows=3",
+]  # fmt: skip
+
+
+def test_facts_are_learned_alike_and_the_held_out_text_is_read(ranks: RankPool, tmp_path: Path) -> None:
+    curves = {}
+    for name, count, more, stop in (
+        ("1", 1, [], None),
+        ("2", 2, [], None),
+        ("stopped", 2, [], 4),
+        ("groups", 4, ["job.data_ranks=2", "job.batch=1"], None),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        overrides = [*RECALL, *more, f"job.export={folder / 'learned.safetensors'}"]
+        (one, *_) = ranks(count, run, str(folder), overrides, stop)
+        if stop:
+            (one, *_) = ranks(count, run, str(folder), overrides)
+            assert one["result"]["resumed_after"] == 4
+        assert one["error"] is None
+        curves[name] = read(folder / train.CURVE)
+    assert curve_of(tmp_path / "2") == curve_of(tmp_path / "stopped")
+    for mine, theirs in zip(curves["1"], curves["2"], strict=True):
+        assert astuple(theirs)[:-1] == pytest.approx(astuple(mine)[:-1], abs=1e-4)
+        assert mine.answer_bits is not None and mine.chosen is not None
+        assert (mine.held_out_bits is not None) == (mine.step in (3, 5))
+
+    # Groups draw other windows beside each other than one group does, but look at the same held-out ones.
+    config = config_of(*RECALL)
+    learned = weights.load(tmp_path / "groups" / "learned.safetensors", dtype="float32")
+    assert learned.settings["training"]["job.curriculum"] == "recall"
+    saved = checkpoint.inspect(tmp_path / "groups" / "checkpoints" / "step-00000005")
+    trainer = train.Trainer(config, here(tmp_path), train.corpora(config)[0])
+    checkpoint.load(saved, trainer.state(), group=None)
+    for name, p in learned.decoder.named_parameters():
+        assert torch.equal(p, trainer.state()["model"][name].bfloat16().float())
+    plans = [make_plan(attention_spec(config), **plan_options(config))] * 2
+    held_out = open_corpus(Path(email.__file__).parent, ".py").split(0.3)[1]
+    nats = 0.0
+    for first in (0, (len(held_out) - 401) // 2, len(held_out) - 401):
+        text = torch.from_numpy(held_out.read(first, first + 401).astype("int64"))[None]
+        with torch.no_grad():
+            nats += float(trainer.model.loss(trainer.model(text[:, :-1], plans), text[:, 1:]).sum())
+    assert curves["groups"][-1].held_out_bits == pytest.approx(nats / 1200 / math.log(2), rel=1e-5)
+
+
+def test_training_reads_no_held_out_byte() -> None:
+    config = config_of(*RECALL, "job.curriculum=text", "job.choice_weight=0", "job.accumulate=3")
+    corpus, held_out = train.corpora(config)
+    assert held_out is not None
+    learned, kept = bytes(corpus.read(0, len(corpus))), bytes(held_out.read(0, len(held_out)))
+    reader = reading.Reader(config, corpus)
+    texts = [bytes(window.tokens) for step in range(1, 6) for part in reader.step(step) for window in part]
+    assert len({*texts}) == 30 and all(text in learned and text not in kept for text in texts)
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7, 10])

@@ -128,7 +128,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     group = None if context.mesh is None else context.mesh.get_group()
     corpus, held_out = corpora(config)
     _require_one_text(corpus, group)
-    settings = settings_of(config, corpus)
+    settings = settings_of(config, corpus, held_out)
     trainer = Trainer(config, context, corpus)
     folder, path = context.output_dir / CHECKPOINTS, context.output_dir / CURVE
     begun = checkpoint.on_first(group, lambda: beginning(folder, job, settings, context.log))
@@ -204,7 +204,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"report": _text(report, context.output_dir), **report}
 
 
-def settings_of(config: Config, corpus: Corpus) -> dict[str, Any]:
+def settings_of(config: Config, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
     """What the curve follows from, but for rounding: name -> a value of a JSON type."""
     job = config.job
     assert isinstance(job, TrainConfig)
@@ -229,6 +229,7 @@ def settings_of(config: Config, corpus: Corpus) -> dict[str, Any]:
         "data.offset": config.data.offset,
         "data.held_out": config.data.held_out,
         "data": corpus.fingerprint,
+        "held_out": None if held_out is None else held_out.fingerprint,
     }
 
 
