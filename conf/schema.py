@@ -41,11 +41,13 @@ class TrainConfig(JobConfig):
     batch: int = MISSING
     accumulate: int = MISSING
     data_ranks: int = MISSING
+    documents: bool = MISSING
     curriculum: str = MISSING
     choice_weight: float = MISSING
     validate_every: int | None = MISSING
     validate_windows: int = MISSING
     log_every: int = MISSING
+    tensorboard: bool = MISSING
     save_every: int = MISSING
     resume: str | None = MISSING
     export: str | None = MISSING

@@ -218,7 +218,7 @@ class Decoder(nn.Module):
                 fit the model's heads, the layer ``select_from`` selects nothing, or tokens have another shape.
         """
         self._check(tokens, plans)
-        positions = plans[0].positions.to(tokens.device).unsqueeze(0)
+        positions = plans[0].on(tokens.device, "positions").unsqueeze(0)
         (x,) = by_rows(self.config.slice_rows, self._embed, tokens)
         kept: Selection | None = None
         for layer, (block, plan) in enumerate(zip(self.blocks, plans, strict=True)):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rank_pool import RankPool
+from torch.utils.flop_counter import FlopCounterMode
 
 import distattn
 from distattn import checkpoint, weights
@@ -43,7 +45,7 @@ SMALL = [
     "job=train", "data=path", f"data.path={argparse.__file__}", "seq_len=301", "layout.block_q=32", "layout.block_k=32",
     "model.width=32", "model.hidden=48", "model.heads=2",
     "model.kv_heads=1", "model.head_dim=16", "model.slice_rows=24", "job.steps=10", "job.warmup=3", "job.save_every=4",
-    "job.log_every=1", "job.learning_rate=0.01",
+    "job.log_every=1", "job.tensorboard=false", "job.learning_rate=0.01",
 ]  # fmt: skip
 WINDOW = ["attention=window_global", "attention.reach=40"]
 
@@ -258,6 +260,36 @@ def test_groups_of_ranks_with_windows_of_their_own(ranks: RankPool, tmp_path: Pa
             assert theirs == pytest.approx(mine, abs=1e-4)
 
 
+def test_metrics_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed; here something stands for it."""
+    written: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            assert folder == tmp_path / "there" / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("close", 0, 0))
+
+    steps = ["job.steps=2", "job.warmup=1", "job.tensorboard=true"]
+    with monkeypatch.context() as patch:
+        module = types.ModuleType("torch.utils.tensorboard")
+        module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        assert own_run(tmp_path / "there", *steps)["lines"] == []
+    rows = read(tmp_path / "there" / train.CURVE)
+    names = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second")
+    assert written == [(name, getattr(row, name), row.step) for row in rows for name in names] + [("close", 0, 0)]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not
+    path = tmp_path / "missing" / train.CURVE
+    said = own_run(tmp_path / "missing", *steps)["lines"]
+    assert said == [f"TensorBoard is not installed: what is measured goes to {path} alone"]
+
+
 def test_how_often_it_is_read_back_changes_nothing(whole: dict[int, Path], tmp_path: Path) -> None:
     done = own_run(tmp_path, "job.log_every=3")
     assert done["error"] is None and curve_of(tmp_path) == curve_of(whole[1])
@@ -335,9 +367,54 @@ def test_training_reads_no_held_out_byte() -> None:
     corpus, held_out = train.corpora(config)
     assert held_out is not None
     learned, kept = bytes(corpus.read(0, len(corpus))), bytes(held_out.read(0, len(held_out)))
-    reader = reading.Reader(config, corpus)
-    texts = [bytes(window.tokens) for step in range(1, 6) for part in reader.step(step) for window in part]
+    reader = reading.Reader(config, corpus, [])
+    texts = [bytes(window.tokens) for step in range(1, 6) for part in reader.step(step) for window in part.windows]
     assert len({*texts}) == 30 and all(text in learned and text not in kept for text in texts)
+
+
+def test_attention_stays_inside_files(ranks: RankPool, tmp_path: Path) -> None:
+    text, place = Path(argparse.__file__).read_bytes(), 0
+    (tmp_path / "texts").mkdir()
+    for number, size in enumerate([40, 33, 90, 61, 150, 17, 1, 70, 200, 128]):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(text[place : place + size])
+        place += size
+    packed = ["attention=dense", f"data.path={tmp_path / 'texts'}", "job.documents=true"]
+    curves = []
+    for count in (1, 2):
+        (one, *_) = ranks(count, run, str(tmp_path), [*packed, "job.accumulate=2", "job.steps=4"])
+        assert one["error"] is None
+        curves.append(curve_of(tmp_path))
+        for path in (tmp_path / "checkpoints", tmp_path / "train.csv"):
+            path.rename(tmp_path / f"{path.name} {count}")
+    for mine, theirs in zip(*curves, strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
+
+    # The first loss, by a pass over each document alone: without positions before it, and with the label after it.
+    config = config_of(*packed)
+    corpus = open_corpus(tmp_path / "texts")
+    model, nats, count = Decoder(ModelConfig(2, 32, 2, 1, 16, 48), config.seed), 0.0, 0
+    for start in (start_of(config, len(corpus), 1, part) for part in range(2)):
+        for size in corpus.document_lengths(start, start + 301).tolist():
+            piece = torch.from_numpy(corpus.read(start, start + size + 1).astype("int64"))[None]
+            plan = make_plan(attention_spec(config), **plan_options(config) | {"seq_len": size})
+            nats += float(model.loss(model(piece[:, :-1], [plan] * 2), piece[:, 1:]).detach().sum())
+            start, count = start + size, count + size
+    assert count == 602 and curves[0][0][1] == pytest.approx(nats / 602, rel=1e-5)
+
+
+def test_flops_are_those_of_products_and_pairs(tmp_path: Path) -> None:
+    trainer = train.Trainer(config_of("attention=dense"), here(tmp_path), open_corpus(argparse.__file__))
+    (part,) = trainer.reader.step(1)
+    with FlopCounterMode(display=False) as counter:
+        hidden = trainer.model(*_whole(part, trainer))
+        trainer.model.loss(hidden, torch.zeros(1, 301, dtype=torch.int64))
+    # PyTorch counts products of the forward pass, but not those inside our operators.
+    pairs = 2 * 2 * 301 * 302 // 2
+    assert trainer._flops(part) == 3 * (counter.get_total_flops() + pairs * 2 * (16 + 16))
+
+
+def _whole(part: reading.Part, trainer: train.Trainer) -> tuple[torch.Tensor, list[Any]]:
+    return reading.Shard(part.windows, part.plans[0], trainer.context.device).tokens, part.plans
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7, 10])
@@ -535,6 +612,8 @@ def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("job.accumulate=0", "job.accumulate is 0; expected at least 1"),
         ("job.data_ranks=0", "job.data_ranks is 0; expected at least 1"),
         ("job.log_every=0", "job.log_every is 0; expected at least 1"),
+        ("job.documents=true job.batch=2", "job.documents is true, with job.batch=2 and job.curriculum=text; expected"),
+        ("job.documents=true attention=hierarchical", "expected a pattern and nothing else, since summaries, chosen"),
         ("job.save_every=0", "job.save_every is 0; expected at least 1"),
         ("job.learning_rate=0", "job.learning_rate is 0.0; expected more than 0"),
         ("job.learning_rate=nan", "job.learning_rate is nan; expected more than 0"),
@@ -551,7 +630,7 @@ def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_what_cannot_be_trained_is_refused(override: str, message: str) -> None:
-    overrides = ["attention=hierarchical", override] if "lookahead" in override else [override]
+    overrides = ["attention=hierarchical", override] if "lookahead" in override else override.split()
     with pytest.raises(ConfigError, match=re.escape(message)):
         train.check(config_of(*overrides))
 

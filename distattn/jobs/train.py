@@ -25,9 +25,8 @@ from distattn.conf.schema import Config, TrainConfig
 from distattn.data import Corpus, open_corpus
 from distattn.errors import ConfigError
 from distattn.jobs.context import Context
-from distattn.jobs.curve import Curve, read
+from distattn.jobs.curve import Curve, board, read
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
-from distattn.jobs.reading import Reader
 from distattn.jobs.settings import attention_spec, check_decoder, layer_specs
 from distattn.jobs.trainer import Measured, Trainer
 from distattn.sharding import whole
@@ -35,6 +34,7 @@ from distattn.windows import CURRICULA
 
 CHECKPOINTS = "checkpoints"
 CURVE = "train.csv"
+BOARD = "tensorboard"
 # What the shapes of parameters follow from.
 _SIZES = tuple(f"model.{name}" for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))
 
@@ -96,6 +96,18 @@ def _check_curriculum(config: Config) -> None:
                 f"job.choice_weight is {job.choice_weight}; expected 0, or job.curriculum=recall and attention that "
                 'chooses chunks by their mean keys (attention.score="mean")'
             )
+    if job.documents:
+        for spec in layer_specs(config):
+            if not spec.is_static or spec.correction is not None:
+                raise ConfigError(
+                    f"job.documents is true, and attention is {spec.text}; expected a pattern and nothing else, since "
+                    "summaries, chosen chunks and corrections reach across documents"
+                )
+        if job.batch > 1 or job.curriculum != "text":
+            raise ConfigError(
+                f"job.documents is true, with job.batch={job.batch} and job.curriculum={job.curriculum}; expected "
+                "job.batch=1 (job.accumulate reads more windows), as each window has documents of its own, and text"
+            )
     if job.validate_every is not None:
         if job.validate_every < 1:
             raise ConfigError(f"job.validate_every is {job.validate_every}; expected at least 1, or null")
@@ -129,7 +141,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     corpus, held_out = corpora(config)
     _require_one_text(corpus, group)
     settings = settings_of(config, corpus, held_out)
-    trainer = Trainer(config, context, corpus)
+    trainer = Trainer(config, context, corpus, None if job.validate_every is None else held_out)
     folder, path = context.output_dir / CHECKPOINTS, context.output_dir / CURVE
     begun = checkpoint.on_first(group, lambda: beginning(folder, job, settings, context.log))
     first, previous = 0, None
@@ -140,10 +152,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             context.log(f"training resumes after step {begun.step:,}, from {begun.path}")
 
     every, last = job.validate_every, job.steps if job.until is None else job.until
-    windows = [] if held_out is None or every is None else Reader(config, held_out).held_out(job.validate_windows)
     seconds, began = 0.0, time.perf_counter()
     pending: list[Measured] = []
-    with Curve(path, first) if context.rank == 0 else nullcontext() as curve:
+    writer = None
+    if context.rank == 0 and job.tensorboard:
+        writer = board(context.output_dir / BOARD, first)
+        if writer is None:
+            context.log(f"TensorBoard is not installed: what is measured goes to {path} alone")
+    with Curve(path, first, writer) if context.rank == 0 else nullcontext() as curve:
         for step in range(first + 1, last + 1):
             pending.append(trainer.step(step))
             looks = every is not None and (step % every == 0 or step == last)
@@ -157,9 +173,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             seconds += took
             pending = []
             if looks:
-                rows[-1] = replace(rows[-1], held_out_bits=trainer.validate(windows))
-            speed = f"{rows[-1].tokens_per_second:,.0f}"
-            context.progress("train", step, last, loss=f"{rows[-1].loss:.4f}", tokens_per_s=speed)
+                rows[-1] = replace(rows[-1], held_out_bits=trainer.validate())
+            said = {"loss": f"{rows[-1].loss:.4f}", "tokens_per_s": f"{rows[-1].tokens_per_second:,.0f}"}
+            if rows[-1].mfu is not None:
+                said["mfu"] = f"{rows[-1].mfu:.1%}"
+            context.progress("train", step, last, **said)
             if curve is not None:
                 curve.add(rows)
             if saves:
@@ -183,8 +201,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "world_size": context.world_size,
         "device": device_name(context),
         "dtype": config.model.dtype,
-        "layout": trainer.plans[0].layout.name,
-        "attention": [plan.spec.text for plan in trainer.plans],
+        "layout": trainer.layout.name,
+        "attention": trainer.texts,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "tokens_per_step": trainer.tokens,
         "steps": last,
@@ -197,6 +215,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "export": job.export,
         "seconds": seconds,
         "tokens_per_second": (last - first) * trainer.tokens / seconds if seconds else None,
+        "mfu": rows[-1].mfu if rows else None,
         "peak_bytes": peaks,
         "checkpoint": None if previous is None else str(previous),
     }
@@ -292,6 +311,8 @@ def _text(r: dict[str, Any], folder: Path) -> str:
     speed = "nothing was left to do"
     if r["tokens_per_second"]:
         speed = f"{r['tokens_per_second']:,.0f} tokens/s, {r['seconds']:.1f} s"
+        if r["mfu"] is not None:
+            speed += f", {r['mfu']:.1%} of the devices' bfloat16 FLOP/s in the last steps"
     lines = [
         (
             "training",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from distattn.errors import NotFinite
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.curve import Row
+from distattn.jobs.machine import peak_flops
 from distattn.jobs.prefill import layer_plans
-from distattn.jobs.reading import Reader, Shard
+from distattn.jobs.reading import Part, Reader, Shard
 from distattn.jobs.settings import model_config
 from distattn.model import Decoder
+from distattn.plan import Plan
 from distattn.sharding import add_up, local, shard
-from distattn.windows import Window
+from distattn.spans import Ints
 
 BETAS = (0.9, 0.95)
 
@@ -31,9 +34,9 @@ BETAS = (0.9, 0.95)
 class Measured(NamedTuple):
     """What a step measured, on the device: reading it waits for the step.
 
-    sums: float64 [8], the same on every rank: the weighted loss of all windows, the nats of text and of answers, the
-    answers' bytes, the loss of the choice, how many chunks are chosen and how many there are to be, and the square of
-    the gradient's norm.
+    sums: float64 [9], the same on every rank: the weighted loss of all windows, the nats of text and of answers, the
+    answers' bytes, the loss of the choice, how many chunks are chosen and how many there are to be, the square of the
+    gradient's norm, and the FLOPs of the model.
     """
 
     step: int
@@ -47,7 +50,7 @@ class Trainer:
     The ranks are job.data_ranks groups. Each group shards windows of its own; parameters are sharded over all ranks.
     """
 
-    def __init__(self, config: Config, context: Context, corpus: Corpus) -> None:
+    def __init__(self, config: Config, context: Context, corpus: Corpus, held_out: Corpus | None = None) -> None:
         job = config.job
         assert isinstance(job, TrainConfig)
         self.config, self.job, self.context = config, job, context
@@ -56,11 +59,22 @@ class Trainer:
         self.windows = job.data_ranks * job.accumulate * job.batch
         self.tokens = config.seq_len * self.windows
         """Of a step, over all ranks."""
-        self.reader = Reader(config, corpus, context.rank // self.sequence_ranks)
-        self.plans = layer_plans(config, context, job.data_ranks)
+        plans = layer_plans(config, context, job.data_ranks)
+        self._known_pairs: WeakKeyDictionary[Plan, float] = WeakKeyDictionary()
+        self.texts = [plan.spec.text for plan in plans]
+        self.layout = plans[0].layout
+
+        def pack(lengths: Ints) -> list[Plan]:
+            return layer_plans(config, context, job.data_ranks, lengths, self.layout)
+
+        more = (plans, pack if job.documents else None, context.rank // self.sequence_ranks)
+        self.reader = Reader(config, corpus, *more)
+        self.held_out = [] if held_out is None else Reader(config, held_out, *more).held_out(job.validate_windows)
         # What is learned stays in float32 where the arithmetic is bfloat16: small updates would be lost.
         sizes = model_config(config)
         self.mixed = sizes.dtype == "bfloat16"
+        peak = peak_flops(context) if self.mixed else None
+        self.peak = peak and peak * context.world_size
         self.model = Decoder(replace(sizes, dtype="float32") if self.mixed else sizes, config.seed).to(context.device)
         if context.mesh is not None:
             shard(self.model, context.mesh)
@@ -95,9 +109,10 @@ class Trainer:
             PeerLost, StepTimeout, PlanMismatch: as every exchange.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(8, dtype=torch.float64, device=self.context.device)
-        for windows in self.reader.step(step):
-            sums[:7] += self._learn(windows)
+        sums = torch.zeros(9, dtype=torch.float64, device=self.context.device)
+        for part in self.reader.step(step):
+            sums[:7] += self._learn(part)
+            sums[8] += self._flops(part) / self.sequence_ranks
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         sums[7] = torch.nn.utils.get_total_norm(gradients).double().square()
         add_up(sums, self.group, f"the loss of step {step}")
@@ -123,7 +138,7 @@ class Trainer:
         rows = []
         speed = self.tokens * len(measured) / seconds
         for one, sums in zip(measured, torch.stack([one.sums for one in measured]).tolist(), strict=True):
-            weighted, text, answers, asked, choice, chosen, lookups, square = sums
+            weighted, text, answers, asked, choice, chosen, lookups, square, flops = sums
             loss, norm = weighted / self.windows + choice, math.sqrt(square)
             if not all(map(math.isfinite, sums)):
                 raise NotFinite(
@@ -140,55 +155,75 @@ class Trainer:
                     held_out_bits=None,
                     learning_rate=one.learning_rate,
                     gradient_norm=norm,
+                    mfu=flops * speed / self.tokens / self.peak if self.peak else None,
                     tokens_per_second=speed,
                 )
             )
         return rows
 
     @torch.no_grad()
-    def validate(self, windows: Sequence[Window]) -> float:
-        """Bits a byte of windows; all ranks together, and the same on each.
+    def validate(self) -> float:
+        """Bits a byte of the held-out windows; all ranks together, and the same on each.
 
         Raises:
             PeerLost, StepTimeout, PlanMismatch: as every exchange.
         """
         nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
         groups, mine = self.job.data_ranks, self.context.rank // self.sequence_ranks
-        for first in range(0, len(windows), groups):
+        for first in range(0, len(self.held_out), groups):
             # Parameters are gathered by all ranks together: a group without a window reads the last one, for nothing.
-            number = min(first + mine, len(windows) - 1)
-            one = Shard([windows[number]], self.plans[0], self.context.device)
+            number = min(first + mine, len(self.held_out) - 1)
+            windows, plans = self.held_out[number]
+            one = Shard(windows, plans[0], self.context.device)
             with self._autocast():
-                found = self.model.loss(self.model(one.tokens, self.plans), one.labels).double().sum()
+                found = self.model.loss(self.model(one.tokens, plans), one.labels).double().sum()
             if number == first + mine:
                 nats += found
         if self.group is not None:
             self.model.reshard()  # type: ignore[operator]
         add_up(nats, self.group, "the held-out loss")
-        return nats.item() / sum(len(window.labels) for window in windows) / math.log(2)
+        return nats.item() / (len(self.held_out) * self.config.seq_len) / math.log(2)
 
-    def _learn(self, windows: list[Window]) -> Tensor:
+    def _flops(self, part: Part) -> float:
+        """Of a training step's model: products with matrices, and scores and sums of the pairs that are attended.
+
+        The backward pass counts twice the forward pass, and nothing that is computed again (Chowdhery et al., "PaLM",
+        2022, appendix B).
+        """
+        matrices = sum(p.numel() for name, p in self.model.named_parameters() if p.ndim > 1 and name != "embedding")
+        tokens = len(part.windows) * self.config.seq_len
+        pairs = len(part.windows) * sum(self._pairs(plan) for plan in part.plans)
+        return 3.0 * (2 * matrices * tokens + 4 * self.config.model.head_dim * pairs)
+
+    def _pairs(self, plan: Plan) -> float:
+        """Of all ranks of the group and all heads."""
+        if plan not in self._known_pairs:
+            self._known_pairs[plan] = sum(work.pairs for work in plan.work())
+        return self._known_pairs[plan]
+
+    def _learn(self, part: Part) -> Tensor:
         """Adds the gradients of this rank's rows of windows side by side to the parameters'.
 
         Returns float64 [7], see `Measured`: the first four of this rank's rows, the others of all of its group.
         """
+        windows, plans = part
         # By position from the text, so that the last row of a shard has the first byte of the next one.
-        shard = Shard(windows, self.plans[0], self.context.device)
+        shard = Shard(windows, plans[0], self.context.device)
         choices: list[Tensor] = []
         numbers: list[Tensor] = []
 
         def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, extras: AttentionExtras, _: Any) -> None:
-            if self.plans[layer].spec.select is None:
+            if plans[layer].spec.select is None:
                 return
             for row, lookups in enumerate(shard.lookups):
                 one = extras._replace(pool_keys=None if extras.pool_keys is None else extras.pool_keys[row : row + 1])
-                lost, found = choice_loss(q[row : row + 1], k[row : row + 1], self.plans[layer], lookups, one)
+                lost, found = choice_loss(q[row : row + 1], k[row : row + 1], plans[layer], lookups, one)
                 choices.append(lost / found[1].clamp(min=1))
                 numbers.append(found)
 
         weight = self.job.choice_weight
         with self._autocast():
-            hidden = self.model(shard.tokens, self.plans, observe if weight else None)
+            hidden = self.model(shard.tokens, plans, observe if weight else None)
             nats = self.model.loss(hidden, shard.labels)
         weighted = (nats * shard.weights).sum()
         loss = weighted / self.windows
