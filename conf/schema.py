@@ -44,6 +44,7 @@ class TrainConfig(JobConfig):
     documents: bool = MISSING
     curriculum: str = MISSING
     choice_weight: float = MISSING
+    compile: bool = MISSING
     validate_every: int | None = MISSING
     validate_windows: int = MISSING
     log_every: int = MISSING

@@ -255,6 +255,14 @@ class Decoder(nn.Module):
         step.end()
         return x
 
+    def compile_rows(self) -> None:
+        """Let torch.compile join what is done row by row; `attend` stays as it is. The first pass then takes longer."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.before = torch.compile(block.before)  # type: ignore[method-assign]
+            block.after = torch.compile(block.after)  # type: ignore[method-assign]
+        self._loss_rows = torch.compile(self._loss_rows)  # type: ignore[method-assign]
+
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the next byte, a token: float32 [B, T] in nats, 0 where the label is `IGNORE`.
 

@@ -5,6 +5,7 @@ import email
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,21 @@ def test_metrics_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "missing" / train.CURVE
     said = own_run(tmp_path / "missing", *steps)["lines"]
     assert said == [f"TensorBoard is not installed: what is measured goes to {path} alone"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.full
+@pytest.mark.parametrize("count", [1, 2])
+def test_compiled_rows_learn_the_same(ranks: RankPool, tmp_path: Path, count: int) -> None:
+    curves = []
+    for compiled in ("false", "true"):
+        (tmp_path / compiled).mkdir()
+        small = ["model.layers=1", "job.steps=3", f"job.compile={compiled}"]
+        (one, *_) = ranks(count, run, str(tmp_path / compiled), small)
+        assert one["error"] is None
+        curves.append(curve_of(tmp_path / compiled))
+    for mine, theirs in zip(*curves, strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
 
 
 def test_how_often_it_is_read_back_changes_nothing(whole: dict[int, Path], tmp_path: Path) -> None:

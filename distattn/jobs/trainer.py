@@ -78,6 +78,8 @@ class Trainer:
         self.model = Decoder(replace(sizes, dtype="float32") if self.mixed else sizes, config.seed).to(context.device)
         if context.mesh is not None:
             shard(self.model, context.mesh)
+        if job.compile:
+            self.model.compile_rows()
         self.parameters = list(self.model.parameters())
         matrices, others = ([p for p in self.parameters if (p.ndim > 1) == wanted] for wanted in (True, False))
         groups = [
