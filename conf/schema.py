@@ -40,10 +40,15 @@ class TrainConfig(JobConfig):
     clip: float | None = MISSING
     batch: int = MISSING
     accumulate: int = MISSING
+    data_ranks: int = MISSING
+    documents: bool = MISSING
     curriculum: str = MISSING
     choice_weight: float = MISSING
+    compile: bool = MISSING
     validate_every: int | None = MISSING
     validate_windows: int = MISSING
+    log_every: int = MISSING
+    tensorboard: bool = MISSING
     save_every: int = MISSING
     resume: str | None = MISSING
     export: str | None = MISSING

@@ -384,6 +384,7 @@ def attend_tiles(q: Tensor, source: Source, scale: float, dtype: torch.dtype, be
         part = before
     own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
     biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
-    whole = q.unsqueeze(0), own, nothing, table, part[0].unsqueeze(0), part[1].unsqueeze(0)
-    attention_forward(*whole, scale=scale, resume=before is not None, bias=biases)
+    out, lse = (x.unsqueeze(0) for x in part)
+    on = None if before is None else out
+    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale, before=on, bias=biases)
     return part

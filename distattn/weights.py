@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from distattn.errors import CheckpointError
 from distattn.model import DTYPES, Decoder, ModelConfig
@@ -26,18 +27,26 @@ class Weights(NamedTuple):
     settings: dict[str, Any]
 
 
-def export(path: Path, decoder: Decoder, settings: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
+def export(
+    path: Path,
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Write a decoder's parameters.
 
     Args:
         path: of the file; its folder is made if it does not exist.
+        config: of the decoder.
+        parameters: of the decoder, by name, in whole.
         settings: of JSON types; what whoever reads the file needs to know.
         dtype: of the numbers in the file.
     """
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in decoder.named_parameters()}
-    config = asdict(decoder.config) | {"unrotated_layers": [*decoder.config.unrotated_layers]}
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in parameters.items()}
+    sizes = asdict(config) | {"unrotated_layers": [*config.unrotated_layers]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"model": json.dumps(config), "settings": json.dumps(dict(settings))})
+    save_file(tensors, path, {"model": json.dumps(sizes), "settings": json.dumps(dict(settings))})
 
 
 def load(path: Path, dtype: str = "float32", slice_rows: int | None = None) -> Weights:

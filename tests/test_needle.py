@@ -75,7 +75,8 @@ def run_needle(context: Context, overrides: list[str], folder: str) -> dict[str,
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights as they are drawn."""
     path = tmp_path_factory.mktemp("weights") / "drawn.safetensors"
-    weights.export(path, Decoder(model_config(config_of(*NEEDLE))), {}, torch.float32)
+    decoder = Decoder(model_config(config_of(*NEEDLE)))
+    weights.export(path, decoder.config, dict(decoder.named_parameters()), {}, torch.float32)
     return path
 
 

@@ -1,13 +1,16 @@
 """Training: the same curve on any number of ranks, and after any interruption."""
 
 import argparse
+import email
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -19,9 +22,10 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rank_pool import RankPool
+from torch.utils.flop_counter import FlopCounterMode
 
 import distattn
-from distattn import checkpoint
+from distattn import checkpoint, weights
 from distattn.conf import schema
 from distattn.data import open_corpus
 from distattn.errors import CheckpointError, ConfigError, DistattnError, NotFinite
@@ -29,10 +33,12 @@ from distattn.jobs import reading, train
 from distattn.jobs.context import Context
 from distattn.jobs.curve import Row, read
 from distattn.jobs.settings import attention_spec, plan_options
+from distattn.jobs.trainer import Measured
 from distattn.launch.local import rank_environment
 from distattn.launch.processes import Exit, Message, Processes
 from distattn.model import Decoder, ModelConfig
 from distattn.plan import make_plan
+from distattn.sharding import local
 
 PATIENCE = 400.0  # seconds to wait for what takes a few on an idle machine
 # 301 tokens are no whole number of tiles, and 24 of 32 rows no whole number of slices of a shard.
@@ -40,7 +46,7 @@ SMALL = [
     "job=train", "data=path", f"data.path={argparse.__file__}", "seq_len=301", "layout.block_q=32", "layout.block_k=32",
     "model.width=32", "model.hidden=48", "model.heads=2",
     "model.kv_heads=1", "model.head_dim=16", "model.slice_rows=24", "job.steps=10", "job.warmup=3", "job.save_every=4",
-    "job.learning_rate=0.01",
+    "job.log_every=1", "job.tensorboard=false", "job.learning_rate=0.01",
 ]  # fmt: skip
 WINDOW = ["attention=window_global", "attention.reach=40"]
 
@@ -96,13 +102,10 @@ def run(context: Context, folder: str, overrides: list[str], stop: int | None = 
     reporter = Lines()
     step, complete = train.Trainer.step, checkpoint._complete
 
-    def stopping(trainer: train.Trainer, number: int) -> Row:
+    def stopping(trainer: train.Trainer, number: int) -> Measured:
         if stop is not None and number > stop and not how:
             raise Stop
-        row = step(trainer, number)
-        if how == "apart" and number == stop and context.rank == 1:
-            trainer.parameters[3].data[0] += 1e-3
-        return row
+        return step(trainer, number)
 
     def failing(saved: checkpoint.Saved, aside: Path) -> None:
         if how == "full disk" and saved.step == stop:
@@ -118,6 +121,11 @@ def run(context: Context, folder: str, overrides: list[str], stop: int | None = 
     finally:
         train.Trainer.step, checkpoint._complete = step, complete  # type: ignore[method-assign]
     return {"result": result, "error": error, "lines": reporter.lines}
+
+
+def step_of(trainer: train.Trainer, number: int) -> Row:
+    (row,) = trainer.rows([trainer.step(number)], 1.0)
+    return row
 
 
 def curve_of(folder: str | Path) -> list[tuple[float, ...]]:
@@ -216,7 +224,7 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        row = trainer.step(step)
+        row = step_of(trainer, step)
         assert (row.step, row.loss, row.learning_rate, row.gradient_norm) == pytest.approx(
             (step, float(loss.detach()), rate, norm), rel=2e-5
         )
@@ -238,6 +246,71 @@ def test_windows_differ_and_have_a_next_byte() -> None:
     assert starts != [start_of(other, length, step, part) for step in range(1, 60) for part in range(2)]
 
 
+def test_groups_of_ranks_with_windows_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
+    """Two groups that read one window each learn what one group learns of two, one after the other."""
+    curves = []
+    for groups, count, heads in ((1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 4, 2)):
+        folder = tmp_path / f"{groups} {count} {heads}"
+        folder.mkdir()
+        parts = [f"job.data_ranks={groups}", f"job.accumulate={2 // groups}", "job.steps=6"]
+        (first, *_) = ranks(count, run, str(folder), [*parts, "model.kv_heads=2", f"layout.head_ranks={heads}"])
+        assert first["error"] is None and first["result"]["tokens_per_step"] == 602
+        curves.append(curve_of(folder))
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other, strict=True):
+            assert theirs == pytest.approx(mine, abs=1e-4)
+
+
+def test_metrics_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed; here something stands for it."""
+    written: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            assert folder == tmp_path / "there" / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("close", 0, 0))
+
+    steps = ["job.steps=2", "job.warmup=1", "job.tensorboard=true"]
+    with monkeypatch.context() as patch:
+        module = types.ModuleType("torch.utils.tensorboard")
+        module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        assert own_run(tmp_path / "there", *steps)["lines"] == []
+    rows = read(tmp_path / "there" / train.CURVE)
+    names = ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second")
+    assert written == [(name, getattr(row, name), row.step) for row in rows for name in names] + [("close", 0, 0)]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not
+    path = tmp_path / "missing" / train.CURVE
+    said = own_run(tmp_path / "missing", *steps)["lines"]
+    assert said == [f"TensorBoard is not installed: what is measured goes to {path} alone"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.full
+@pytest.mark.parametrize("count", [1, 2])
+def test_compiled_rows_learn_the_same(ranks: RankPool, tmp_path: Path, count: int) -> None:
+    curves = []
+    for compiled in ("false", "true"):
+        (tmp_path / compiled).mkdir()
+        small = ["model.layers=1", "job.steps=3", f"job.compile={compiled}"]
+        (one, *_) = ranks(count, run, str(tmp_path / compiled), small)
+        assert one["error"] is None
+        curves.append(curve_of(tmp_path / compiled))
+    for mine, theirs in zip(*curves, strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
+
+
+def test_how_often_it_is_read_back_changes_nothing(whole: dict[int, Path], tmp_path: Path) -> None:
+    done = own_run(tmp_path, "job.log_every=3")
+    assert done["error"] is None and curve_of(tmp_path) == curve_of(whole[1])
+
+
 HIERARCHICAL = ["attention=hierarchical", "attention.window=32", "attention.chunks=[16,64]", "attention.reach=[2]"]
 
 
@@ -253,6 +326,111 @@ def test_chosen_chunks_too_are_the_same_after_a_stop(ranks: RankPool, tmp_path: 
     assert curves[2, None] == curves[2, 6]
     for mine, theirs in zip(curves[1, None], curves[2, None], strict=True):
         assert theirs == pytest.approx(mine, abs=1e-4)
+
+
+# Facts in windows side by side, chunks whose choice is taught, files that are held out.
+RECALL = [
+    *HIERARCHICAL, "attention.top_k=1", "attention.per=tile", f"data.path={Path(email.__file__).parent}",
+    "data.suffix=.py", "data.held_out=0.3", "seq_len=400", "job.curriculum=recall", "job.choice_weight=0.5",
+    "job.batch=2", "job.steps=5", "job.validate_every=3", "job.validate_windows=3",
+]  # fmt: skip
+
+
+def test_facts_are_learned_alike_and_the_held_out_text_is_read(ranks: RankPool, tmp_path: Path) -> None:
+    curves = {}
+    for name, count, more, stop in (
+        ("1", 1, [], None),
+        ("2", 2, [], None),
+        ("stopped", 2, [], 4),
+        ("groups", 4, ["job.data_ranks=2", "job.batch=1"], None),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        overrides = [*RECALL, *more, f"job.export={folder / 'learned.safetensors'}"]
+        (one, *_) = ranks(count, run, str(folder), overrides, stop)
+        if stop:
+            (one, *_) = ranks(count, run, str(folder), overrides)
+            assert one["result"]["resumed_after"] == 4
+        assert one["error"] is None
+        curves[name] = read(folder / train.CURVE)
+    assert curve_of(tmp_path / "2") == curve_of(tmp_path / "stopped")
+    for mine, theirs in zip(curves["1"], curves["2"], strict=True):
+        assert astuple(theirs)[:-1] == pytest.approx(astuple(mine)[:-1], abs=1e-4)
+        assert mine.answer_bits is not None and mine.chosen is not None
+        assert (mine.held_out_bits is not None) == (mine.step in (3, 5))
+
+    # Groups draw other windows beside each other than one group does, but look at the same held-out ones.
+    config = config_of(*RECALL)
+    learned = weights.load(tmp_path / "groups" / "learned.safetensors", dtype="float32")
+    assert learned.settings["training"]["job.curriculum"] == "recall"
+    saved = checkpoint.inspect(tmp_path / "groups" / "checkpoints" / "step-00000005")
+    trainer = train.Trainer(config, here(tmp_path), train.corpora(config)[0])
+    checkpoint.load(saved, trainer.state(), group=None)
+    for name, p in learned.decoder.named_parameters():
+        assert torch.equal(p, trainer.state()["model"][name].bfloat16().float())
+    plans = [make_plan(attention_spec(config), **plan_options(config))] * 2
+    held_out = open_corpus(Path(email.__file__).parent, ".py").split(0.3)[1]
+    nats = 0.0
+    for first in (0, (len(held_out) - 401) // 2, len(held_out) - 401):
+        text = torch.from_numpy(held_out.read(first, first + 401).astype("int64"))[None]
+        with torch.no_grad():
+            nats += float(trainer.model.loss(trainer.model(text[:, :-1], plans), text[:, 1:]).sum())
+    assert curves["groups"][-1].held_out_bits == pytest.approx(nats / 1200 / math.log(2), rel=1e-5)
+
+
+def test_training_reads_no_held_out_byte() -> None:
+    config = config_of(*RECALL, "job.curriculum=text", "job.choice_weight=0", "job.accumulate=3")
+    corpus, held_out = train.corpora(config)
+    assert held_out is not None
+    learned, kept = bytes(corpus.read(0, len(corpus))), bytes(held_out.read(0, len(held_out)))
+    reader = reading.Reader(config, corpus, [])
+    texts = [bytes(window.tokens) for step in range(1, 6) for part in reader.step(step) for window in part.windows]
+    assert len({*texts}) == 30 and all(text in learned and text not in kept for text in texts)
+
+
+def test_attention_stays_inside_files(ranks: RankPool, tmp_path: Path) -> None:
+    text, place = Path(argparse.__file__).read_bytes(), 0
+    (tmp_path / "texts").mkdir()
+    for number, size in enumerate([40, 33, 90, 61, 150, 17, 1, 70, 200, 128]):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(text[place : place + size])
+        place += size
+    packed = ["attention=dense", f"data.path={tmp_path / 'texts'}", "job.documents=true"]
+    curves = []
+    for count in (1, 2):
+        (one, *_) = ranks(count, run, str(tmp_path), [*packed, "job.accumulate=2", "job.steps=4"])
+        assert one["error"] is None
+        curves.append(curve_of(tmp_path))
+        for path in (tmp_path / "checkpoints", tmp_path / "train.csv"):
+            path.rename(tmp_path / f"{path.name} {count}")
+    for mine, theirs in zip(*curves, strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
+
+    # The first loss, by a pass over each document alone: without positions before it, and with the label after it.
+    config = config_of(*packed)
+    corpus = open_corpus(tmp_path / "texts")
+    model, nats, count = Decoder(ModelConfig(2, 32, 2, 1, 16, 48), config.seed), 0.0, 0
+    for start in (start_of(config, len(corpus), 1, part) for part in range(2)):
+        for size in corpus.document_lengths(start, start + 301).tolist():
+            piece = torch.from_numpy(corpus.read(start, start + size + 1).astype("int64"))[None]
+            plan = make_plan(attention_spec(config), **plan_options(config) | {"seq_len": size})
+            nats += float(model.loss(model(piece[:, :-1], [plan] * 2), piece[:, 1:]).detach().sum())
+            start, count = start + size, count + size
+    assert count == 602 and curves[0][0][1] == pytest.approx(nats / 602, rel=1e-5)
+
+
+def test_flops_are_those_of_products_and_pairs(tmp_path: Path) -> None:
+    trainer = train.Trainer(config_of("attention=dense"), here(tmp_path), open_corpus(argparse.__file__))
+    (part,) = trainer.reader.step(1)
+    with FlopCounterMode(display=False) as counter:
+        hidden = trainer.model(*_whole(part, trainer))
+        trainer.model.loss(hidden, torch.zeros(1, 301, dtype=torch.int64))
+    # PyTorch counts products of the forward pass, but not those inside our operators.
+    pairs = 2 * 2 * 301 * 302 // 2
+    assert trainer._flops(part) == 3 * (counter.get_total_flops() + pairs * 2 * (16 + 16))
+
+
+def _whole(part: reading.Part, trainer: train.Trainer) -> tuple[torch.Tensor, list[Any]]:
+    return reading.Shard(part.windows, part.plans[0], trainer.context.device).tokens, part.plans
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7, 10])
@@ -300,15 +478,6 @@ def test_other_numbers_of_ranks_go_on_with_the_same_curve(
         assert theirs == pytest.approx(mine, abs=1e-4)
 
 
-def test_ranks_that_came_apart_are_found(ranks: RankPool, tmp_path: Path) -> None:
-    for one in ranks(3, run, str(tmp_path), [], 8, "apart"):
-        assert type(one["error"]) is CheckpointError
-        assert str(one["error"]).startswith(
-            "step 8: parameters have come apart: those of rank 1 are not those of rank 0"
-        )
-    assert steps_of(tmp_path) == [4]
-
-
 def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
     done = ranks(2, run, str(tmp_path), ["job.learning_rate=1e30", "job.warmup=0"])
     assert len({str(one["error"]) for one in done}) == 1
@@ -318,22 +487,56 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, tmp_path: Pat
     assert not (tmp_path / train.CHECKPOINTS).exists()
 
 
-def test_what_is_not_finite_changes_nothing(tmp_path: Path) -> None:
-    trainer = train.Trainer(config_of(), here(tmp_path), open_corpus(argparse.__file__))
-    trainer.step(1)
-    with torch.no_grad():
-        trainer.model.head[:] = math.inf
-    before = {name: x.clone() for name, x in trainer.state()["model"].items()}
-    with pytest.raises(NotFinite, match="step 2: the loss is nan"):
-        trainer.step(2)
-    torch.testing.assert_close(trainer.state()["model"], before, rtol=0, atol=0, equal_nan=True)
-    assert float(trainer.state()["optimizer"]["norm"]["step"]) == 1
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_not_finite_changes_nothing(ranks: RankPool, tmp_path: Path, count: int) -> None:
+    assert ranks(count, goes_on_without_a_step, str(tmp_path)) == [None] * count
+
+
+def goes_on_without_a_step(context: Context, folder: str) -> None:
+    """The second of three steps is not finite: the third begins where the first ended; it is told at the end."""
+    trainer = train.Trainer(config_of(), in_folder(context, folder), open_corpus(argparse.__file__))
+    measured = [trainer.step(1)]
+    head = local(trainer.model.head.detach())
+    before = [x.clone() for x in _flat(trainer.state())]
+    kept = head.clone()
+    head[:] = math.inf
+    measured.append(trainer.step(2))
+    head.copy_(kept)
+    torch.testing.assert_close([*_flat(trainer.state())], before, rtol=0, atol=0)
+    measured.append(trainer.step(3))
+    assert trainer.rows(measured[2:], 1.0)[0].loss < trainer.rows(measured[:1], 1.0)[0].loss
+    assert float(trainer.state()["optimizer"]["norm"]["step"]) == 2
+    with pytest.raises(NotFinite, match="step 2: the loss is (nan|inf)"):
+        trainer.rows(measured, 1.0)
+
+
+def _flat(state: checkpoint.State) -> Iterator[torch.Tensor]:
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            yield local(value)
+        else:
+            yield from _flat(value)
+
+
+def test_a_rank_keeps_a_share_of_parameters_and_optimiser(ranks: RankPool, tmp_path: Path) -> None:
+    for held, of_all in ranks(2, shares_held, str(tmp_path)):
+        assert held == {name: -(-n // 2) for name, n in of_all.items()}
+
+
+def shares_held(context: Context, folder: str) -> tuple[dict[str, int], dict[str, int]]:
+    trainer = train.Trainer(config_of(), in_folder(context, folder), open_corpus(argparse.__file__))
+    trainer.rows([trainer.step(1)], 1.0)
+    for name, p in trainer.model.named_parameters():
+        moments = trainer.state()["optimizer"][name]
+        assert {local(x).shape for x in (p, p.grad, moments["exp_avg"], moments["exp_avg_sq"])} == {local(p).shape}
+    parameters = dict(trainer.model.named_parameters())
+    return {name: len(local(p)) for name, p in parameters.items()}, {name: len(p) for name, p in parameters.items()}
 
 
 def test_bfloat16_arithmetic_with_float32_parameters(whole: dict[int, Path], tmp_path: Path) -> None:
     trainer = train.Trainer(config_of("model.dtype=bfloat16"), here(tmp_path), open_corpus(argparse.__file__))
     assert {p.dtype for p in trainer.parameters} == {torch.float32}
-    losses = [trainer.step(step).loss for step in range(1, 6)]
+    losses = [step_of(trainer, step).loss for step in range(1, 6)]
     expected = [row[1] for row in curve_of(whole[1])[:5]]
     assert losses == pytest.approx(expected, abs=0.03)
     assert max(abs(mine - theirs) for mine, theirs in zip(losses, expected, strict=True)) > 1e-4
@@ -341,7 +544,11 @@ def test_bfloat16_arithmetic_with_float32_parameters(whole: dict[int, Path], tmp
 
 @pytest.mark.parametrize(
     "where",
-    ["writing", *(pytest.param(where, marks=pytest.mark.full) for where in ("gradients", "reading again"))],
+    [
+        "writing",
+        "gradients",
+        *(pytest.param(where, marks=pytest.mark.full) for where in ("parameters", "frozen", "reading again")),
+    ],
 )
 def test_a_rank_that_dies_is_named_to_the_others(tmp_path: Path, where: str) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -350,14 +557,16 @@ def test_a_rank_that_dies_is_named_to_the_others(tmp_path: Path, where: str) -> 
     events: list[tuple[int, object]] = []
     end = time.monotonic() + PATIENCE
     with Processes("trial_jobs:loses_a_peer_in_training", seats, rank_environment()) as processes:
-        while sum(isinstance(event, Exit) for _, event in events) < 2 and time.monotonic() < end:
+        while sum(isinstance(event, Exit) for _, event in events) < 1 + (where != "frozen") and time.monotonic() < end:
             events += processes.poll(1.0)
-    assert (1, Exit(9)) in events and (0, Exit(0)) in events, events
+    assert (0, Exit(0)) in events and ((1, Exit(9)) in events) == (where != "frozen"), events
     ((kind, text),) = [event.value for rank, event in events if rank == 0 and isinstance(event, Message)]
-    assert (
-        kind == "PeerLost"
-        and ("step 1: rank 0: summing gradients" if where == "gradients" else "a peer was lost") in text
-    )
+    assert kind == ("StepTimeout" if where == "frozen" else "PeerLost")
+    assert {
+        "gradients": "sum gradients: failed",
+        "parameters": "gather parameters: failed",
+        "frozen": "sum gradients: did not end within 3 s; there is no sign of life of rank 1",
+    }.get(where, "a peer was lost") in text
     assert [path.name for path in (tmp_path / "checkpoints").glob("*")] in ([], ["step-00000001.tmp"])
 
 
@@ -417,6 +626,10 @@ def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("job.steps=0", "job.steps is 0; expected at least 1"),
         ("job.accumulate=0", "job.accumulate is 0; expected at least 1"),
+        ("job.data_ranks=0", "job.data_ranks is 0; expected at least 1"),
+        ("job.log_every=0", "job.log_every is 0; expected at least 1"),
+        ("job.documents=true job.batch=2", "job.documents is true, with job.batch=2 and job.curriculum=text; expected"),
+        ("job.documents=true attention=hierarchical", "expected a pattern and nothing else, since summaries, chosen"),
         ("job.save_every=0", "job.save_every is 0; expected at least 1"),
         ("job.learning_rate=0", "job.learning_rate is 0.0; expected more than 0"),
         ("job.learning_rate=nan", "job.learning_rate is nan; expected more than 0"),
@@ -433,7 +646,7 @@ def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_what_cannot_be_trained_is_refused(override: str, message: str) -> None:
-    overrides = ["attention=hierarchical", override] if "lookahead" in override else [override]
+    overrides = ["attention=hierarchical", override] if "lookahead" in override else override.split()
     with pytest.raises(ConfigError, match=re.escape(message)):
         train.check(config_of(*overrides))
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
 from distattn.jobs.sampled import Sampled
 from distattn.jobs.settings import attention_spec, check_decoder, layer_specs, model_config, plan_options
+from distattn.layout import Layout
 from distattn.model import DTYPES, Decoder
 from distattn.operators import sent
+from distattn.patterns import Documents
 from distattn.plan import Plan, make_plan
+from distattn.spans import Ints
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 
@@ -125,11 +128,28 @@ def _picture(plan: Plan, path: Path) -> str:
         return f"not drawn: {error}"
 
 
-def layer_plans(config: Config, context: Context) -> list[Plan]:
-    """One plan a layer, all with the layout that suits `attention`."""
-    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks)
-    layout = make_plan(attention_spec(config), mesh=mesh, **options).layout
-    return [make_plan(spec, mesh=mesh, **options | {"layout": layout}) for spec in layer_specs(config)]
+def layer_plans(
+    config: Config,
+    context: Context,
+    data_ranks: int = 1,
+    documents: Ints | None = None,
+    layout: Layout | None = None,
+) -> list[Plan]:
+    """One plan a layer, all with the layout that suits `attention`.
+
+    Args:
+        data_ranks: into how many groups the ranks are divided; of this rank's group.
+        documents: lengths of what lies in the sequence, if attention is not to leave it.
+        layout: of other plans, whose rows these take; None: chosen.
+    """
+    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks, data_ranks)
+    specs = layer_specs(config)
+    if layout is None:
+        layout = make_plan(attention_spec(config), mesh=mesh, **options).layout
+    if documents is not None:
+        inside = Documents(documents)
+        specs = [replace(spec, tokens=spec.tokens & inside) for spec in specs]
+    return [make_plan(spec, mesh=mesh, **options | {"layout": layout}) for spec in specs]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distattn import presets
-from distattn.conf.schema import Config
+from distattn.conf.schema import Config, TrainConfig
 from distattn.errors import ConfigError
 from distattn.heads import refusal
 from distattn.model import ModelConfig
@@ -92,6 +92,10 @@ def check_ranks(config: Config, world_size: int) -> None:
     """
     if world_size < 1:
         raise ConfigError(f"cluster.world_size is {world_size}; expected at least 1")
+    data_ranks = config.job.data_ranks if isinstance(config.job, TrainConfig) else 1
+    if world_size % data_ranks:
+        raise ConfigError(f"job.data_ranks is {data_ranks}; expected a divisor of the number of ranks, {world_size}")
+    world_size //= data_ranks
     if world_size % config.layout.head_ranks:
         raise ConfigError(
             f"layout.head_ranks is {config.layout.head_ranks}; expected a divisor of the number of ranks, {world_size}"
