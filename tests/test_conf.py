@@ -66,8 +66,10 @@ def test_each_preset_layout_and_job_has_its_file() -> None:
 
 
 def test_experiments_agree_on_the_decoder_and_its_attention() -> None:
-    assert names("experiment") == {"needle", "tiny_needle", "tiny_needle_start"}
-    needle = config_of("experiment=needle")
+    assert names("experiment") == {"demo", "needle", "tiny_needle", "tiny_needle_start"}
+    needle, demo = config_of("experiment=needle"), config_of("experiment=demo", "seq_len=4096")
+    assert (demo.attention, demo.model, demo.data) == (needle.attention, needle.model, needle.data)
+    assert isinstance(demo.job, schema.NeedleConfig) and demo.job.lengths == [4096]
     first, second = config_of("experiment=tiny_needle_start"), config_of("experiment=tiny_needle", "job.resume=start")
     assert isinstance(first.job, schema.TrainConfig) and isinstance(second.job, schema.TrainConfig)
     assert second.attention == needle.attention and first.attention["name"] == "dense"

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,36 @@ def test_the_table_is_the_same_on_two_ranks(ranks: RankPool, untrained: Path, tm
         assert shares["mistral"] == 1 > shares["trained"] > shares["window"]
     assert tables[0] == tables[1]
     assert layers[0] == pytest.approx(layers[1], rel=1e-4, abs=1e-6)
+
+
+def test_few_prompts_are_shown(untrained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.py"
+    text.write_bytes(SOURCE.tobytes() * 2)
+    overrides = [
+        "experiment=demo",
+        *SMALL,
+        "attention.window=128",
+        "attention.reach=[2]",
+        f"job.checkpoint={untrained}",
+    ]
+    overrides += ["data=path", f"data.path={text}", "data.held_out=null", "seq_len=6000"]
+    seen = []
+    for seed in (0, 1):
+        config = config_of(*overrides, f"seed={seed}")
+        needle.check(config)
+        found = needle.run(config, alone(tmp_path))
+        (depth,) = needle.depths_of(config, 6000)
+        assert [(row["attention"], row["depth"]) for row in found["rows"]] == [
+            (name, pytest.approx(depth, abs=1e-4)) for name in ("trained", "window")
+        ]
+        lines = dict(line.split(maxsplit=1) for line in found["report"].split("\n\n")[0].splitlines()[:4])
+        assert lines["read"] == f"5,994 bytes of a text of {2 * len(SOURCE):,}, which is repeated"
+        code = re.fullmatch(r"# The access code for (\w+) is (\d{6})\.   \(byte [\d,]+\)", lines["planted"])
+        assert code and lines["asked"] == f"# The access code for {code[1]} is "
+        assert lines["trained"].endswith(f", wrong: '{code[2]}'")  # it has not learnt anything
+        assert found["report"].split("\n\n")[1].splitlines()[3].startswith("window ")
+        seen.append((depth, code[2]))
+    assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1]
 
 
 @pytest.mark.parametrize("per", ("tile", "token"))
