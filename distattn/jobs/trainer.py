@@ -240,7 +240,9 @@ class Trainer:
         return torch.cat((torch.stack((*mine, shard.asked.sum().double())), found))
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.mixed)
+        # What is kept in 16 bits would outlive the gathered parameters that it was made of.
+        kept = self.group is None
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=kept)
 
 
 def learning_rate(job: TrainConfig, step: int) -> float:
