@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import test_train
 import torch
 from commanding import command, environment
 from rank_pool import RankPool
@@ -300,6 +301,31 @@ def again(context: Context) -> tuple[bool, list[float]]:
 def test_steps_that_follow_at_once_give_the_same_bits(gpus: RankPool) -> None:
     for same, errors in gpus(2, again):
         assert same and max(errors) < 2e-2, errors
+
+
+# Training
+
+
+def learn(context: Context, folder: str, overrides: list[str]) -> str:
+    return str(test_train.run(context, folder, overrides)["error"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus_learn_what_one_learns(gpus: RankPool, tmp_path: Path, dtype: str) -> None:
+    """Parameters in shards, groups of ranks with windows of their own, and losses that are read back late."""
+    curves = []
+    for count, groups in ((1, 1), (2, 1), (2, 2)):
+        folder = tmp_path / f"{count} {groups}"
+        folder.mkdir()
+        windows = [f"job.data_ranks={groups}", f"job.accumulate={2 // groups}", "job.log_every=4"]
+        said = gpus(count, learn, str(folder), [*windows, f"model.dtype={dtype}", "model.head_dim=64"])
+        assert said == ["None"] * count
+        curves.append(test_train.curve_of(folder))
+    assert len(curves[0]) == 10 and curves[0][-1][1] < curves[0][0][1] - 1
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other, strict=True):
+            # Loss and bits a byte; norms of gradients in 16 bits are further apart.
+            assert theirs[:3] == pytest.approx(mine[:3], abs=1e-3 if dtype == "float32" else 0.03)
 
 
 # Faults

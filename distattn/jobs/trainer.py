@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ from distattn.sharding import add_up, local, shard
 from distattn.spans import Ints
 
 BETAS = (0.9, 0.95)
+# Steps that the host may be ahead of a GPU: enough to keep it busy, and few, since the deadline of an exchange counts
+# from where the host began it.
+AHEAD = 2
 
 
 class Measured(NamedTuple):
@@ -60,6 +64,7 @@ class Trainer:
         self.tokens = config.seq_len * self.windows
         """Of a step, over all ranks."""
         plans = layer_plans(config, context, job.data_ranks)
+        self._under_way: deque[torch.cuda.Event] = deque()
         self._known_pairs: WeakKeyDictionary[Plan, float] = WeakKeyDictionary()
         self.texts = [plan.spec.text for plan in plans]
         self.layout = plans[0].layout
@@ -110,6 +115,8 @@ class Trainer:
         Raises:
             PeerLost, StepTimeout, PlanMismatch: as every exchange.
         """
+        if len(self._under_way) == AHEAD:
+            self._under_way.popleft().synchronize()
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(9, dtype=torch.float64, device=self.context.device)
         for part in self.reader.step(step):
@@ -129,6 +136,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        if self.context.device.type == "cuda":
+            self._under_way.append(torch.cuda.Event(blocking=True))
+            self._under_way[-1].record()
         return Measured(step, rate, sums)
 
     def rows(self, measured: Sequence[Measured], seconds: float) -> list[Row]:
@@ -240,7 +250,9 @@ class Trainer:
         return torch.cat((torch.stack((*mine, shard.asked.sum().double())), found))
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.mixed)
+        # What is kept in 16 bits would outlive the gathered parameters that it was made of.
+        kept = self.group is None
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.mixed, cache_enabled=kept)
 
 
 def learning_rate(job: TrainConfig, step: int) -> float:
