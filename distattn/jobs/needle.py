@@ -333,7 +333,8 @@ def _pictures(rows: Sequence[Row], folder: Path) -> str:
         )
         image = axes.imshow(share, vmin=0, vmax=1, aspect="auto", cmap="RdYlGn")
         for (y, x), value in np.ndenumerate(share):
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+            shade = "white" if abs(value - 0.5) > 0.35 else "black"
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=shade)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set(xlabel="length (bytes)", ylabel="depth of the fact", title=f"{task}, {attention}")
@@ -350,19 +351,21 @@ def _pictures(rows: Sequence[Row], folder: Path) -> str:
 def _frontier(rows: Sequence[Row], folder: Path, pyplot: Any) -> Path:
     """Draws accuracy by the time of a pass at the greatest length, a point for each attention, and returns the path."""
     length = max(row.length for row in rows)
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     points = []
     for name in dict.fromkeys(row.attention for row in rows):
         some = [row for row in rows if (row.attention, row.length) == (name, length)]
         seconds, right = min(row.seconds for row in some), sum(row.right for row in some)
         points.append((seconds * 1e3, right / sum(row.prompts for row in some), name))
     best = -1.0
-    for x, y, name in sorted(points, key=lambda point: (point[0], -point[1])):
-        axes.scatter(x, y, color="tab:green" if y > best else "tab:gray", zorder=3)
-        axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, rotation=20)
+    for number, (x, y, name) in enumerate(sorted(points, key=lambda point: (point[0], -point[1]))):
+        label = f"{name}: {x:.1f} ms, {y:.0%}"
+        marker = "osD^vP*X"[number % 8]
+        axes.scatter(x, y, s=70, marker=marker, label=label, zorder=3, edgecolors="black" if y > best else "none")
         best = max(best, y)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     axes.set(xlabel="milliseconds of a pass", ylabel="answers that are right", ylim=(-0.05, 1.15), xscale="log")
-    axes.set_title(f"{length:,} bytes; green: none is both faster and better")
+    axes.set_title(f"{length:,} bytes; with an edge: none is both faster and better")
     axes.grid(alpha=0.3)
     path = folder / "frontier.png"
     figure.savefig(path, dpi=120)
