@@ -227,13 +227,16 @@ def test_a_rank_that_runs_but_does_not_come(how: str) -> None:
 
 
 class Stuck:
-    """An operation of NCCL that never ends: waiting for it only orders streams."""
-
-    def is_completed(self) -> bool:
-        return False
+    """An operation of NCCL that never ends, for which waiting only orders streams; and an event after it."""
 
     def wait(self) -> None:
         pass
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return False
 
 
 def runs_on_a_gpu(context: Context, says: str | None, starting: bool) -> list[str]:
@@ -244,6 +247,7 @@ def runs_on_a_gpu(context: Context, says: str | None, starting: bool) -> list[st
     aborted: list[float] = []
     watch._abort = lambda: aborted.append(time.monotonic())  # type: ignore[method-assign]
     watch._device_error = lambda: says and RuntimeError(says)  # type: ignore[method-assign, assignment, return-value]
+    torch.cuda.Event = Stuck  # type: ignore[misc, assignment]
     began = time.monotonic()
     found = []
     if context.rank == 0:
