@@ -20,7 +20,7 @@ from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.kernels.attention import accumulator_dtype
 from distattn.plan import Plan
-from distattn.spans import Ints
+from distattn.spans import Bools, Ints
 
 
 def choice_loss(
@@ -28,7 +28,8 @@ def choice_loss(
 ) -> tuple[Tensor, Tensor]:
     """Of the rows that look something up; all ranks of the plan call this together.
 
-    Counted are lookups in chunks that the row could choose; those in its window need no choice.
+    Counted are lookups in chunks that the row could choose; those in its window, and what is always chosen, need no
+    choice.
 
     Args:
         q: [1, plan.tokens, heads, head_dim] and k: [1, plan.tokens, kv_heads, head_dim], what `attend` is given.
@@ -51,8 +52,8 @@ def choice_loss(
     chunk, chunks, kv_heads = hierarchy.chunk, hierarchy.chunks, plan.kv_heads
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = accumulator_dtype(q.dtype)
-    selectable = hierarchy.selectable
-    row, own, target = _counted(lookups, plan)
+    candidates = _candidates(plan)
+    row, own, target = _counted(lookups, candidates, plan)
 
     def on_device(x: NDArray[Any]) -> Tensor:
         return torch.from_numpy(x).to(q.device, non_blocking=True)
@@ -79,21 +80,31 @@ def choice_loss(
             chooser = chooser.sum(2, keepdim=True)
         scores = torch.einsum("mgsd,cgd->mgsc", chooser, keys) * scale
         until = on_device(own - hierarchy.window[1] + 1)[:, None]
-        allowed = (torch.arange(chunks, device=q.device) < until) & on_device(selectable)
+        allowed = (torch.arange(chunks, device=q.device) < until) & on_device(candidates)
         scores = scores.masked_fill(~allowed[:, None, None], float("-inf"))
         right = on_device(target)[:, None, None].expand(scores.shape[:3])
         loss = F.cross_entropy(scores.flatten(0, 2), right.flatten(), reduction="sum")
         better = (scores.detach() > scores.detach().gather(3, right[..., None])).sum(3)
-        chosen = (better < select.k - len(set(select.always) & {"first"})).sum()
+        chosen = (better < select.k - ("first" in select.always)).sum()
         return loss, torch.stack((chosen.to(dtype), torch.full_like(loss, right.numel())))
 
 
-def _counted(lookups: Ints, plan: Plan) -> tuple[Ints, Ints, Ints]:
+def _candidates(plan: Plan) -> Bools:
+    """bool [chunks]: which are chosen by their scores."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None and hierarchy.spec.select is not None
+    found = hierarchy.selectable.copy()
+    if "first" in hierarchy.spec.select.always:
+        found[0] = False
+    return found
+
+
+def _counted(lookups: Ints, candidates: Bools, plan: Plan) -> tuple[Ints, Ints, Ints]:
     """(positions, their chunks, chunks to be chosen) of what is counted."""
     hierarchy = plan.hierarchy
     assert hierarchy is not None and hierarchy.spec.select is not None
     row, own, target = lookups[:, 0], lookups[:, 0] // hierarchy.chunk, lookups[:, 1] // hierarchy.chunk
-    counted = (target < own - hierarchy.window[1] + 1) & hierarchy.selectable[target]
+    counted = (target < own - hierarchy.window[1] + 1) & candidates[target]
     row, own, target = row[counted], own[counted], target[counted]
     if hierarchy.spec.select.per == "tile":
         # One a tile and chunk, however many of its rows foretell a byte of the answer.

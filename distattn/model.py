@@ -27,6 +27,9 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, AttentionExtras, Selec
 """observe(layer, q, k, v, out, extras, selection): what went into `attend` in a layer and what came out, this rank's
 rows."""
 
+SHAPES = ("layers", "width", "heads", "kv_heads", "head_dim", "hidden")
+"""Fields of a ModelConfig from which the shapes of parameters follow."""
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -22,6 +22,8 @@ SHARES: tuple[tuple[Callable[[Generator], tasks.Fact], float], ...] = (
     (tasks.assignment, 0.12),
 )
 BYTES_PER_FACT = 400
+LEAST = 400
+"""Tokens of a window that has room for any fact."""
 
 
 class Window(NamedTuple):
@@ -61,7 +63,7 @@ def recall_window(corpus: Corpus, first: int, size: int, rng: Generator) -> Wind
 
     Args:
         corpus, first: where the text begins; of its bytes as many are read as the facts leave room for.
-        size: tokens of the window.
+        size: tokens of the window, at least LEAST.
         rng: everything is drawn from it.
 
     Raises:

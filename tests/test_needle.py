@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from distattn.attend import attend
 from distattn.errors import DistattnError
 from distattn.extras import AttentionExtras
 from distattn.jobs import needle
-from distattn.jobs.context import Context
+from distattn.jobs.context import Context, Silent
 from distattn.jobs.fidelity import Comparison
+from distattn.jobs.generate import load_decoder
 from distattn.jobs.settings import layer_specs, model_config
 from distattn.model import Decoder
 from distattn.patterns import Causal
@@ -197,3 +199,24 @@ def test_what_cannot_be_asked_gets_a_sentence(overrides: list[str], why: str, un
     with pytest.raises(DistattnError, match=why):
         needle.check(config_of(*NEEDLE, f"job.checkpoint={untrained}", *overrides))
     needle.check(config_of(*NEEDLE, f"job.checkpoint={untrained}"))
+
+
+class Lines(Silent):
+    """A reporter that keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_other_positions_than_in_training_are_told(untrained: Path, tmp_path: Path) -> None:
+    for more, told in (
+        ([], []),
+        (["model.rope_theta=5"], ["rope_theta=10000.0, and this is 5.0"]),
+        (["model.unrotated_layers=[]"], ["unrotated_layers=[2, 4], and this is []"]),
+    ):
+        reporter = Lines()
+        load_decoder(config_of(*NEEDLE, *more), replace(alone(tmp_path), reporter=reporter), str(untrained))
+        assert reporter.lines == [f"{untrained} was trained with model.{one}" for one in told]

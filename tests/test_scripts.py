@@ -213,3 +213,16 @@ def test_a_step_without_journeys_is_the_same_but_for_them(ranks: RankPool, sched
         assert same
         assert sent > 0
         assert sent_again == 0
+
+
+@pytest.mark.full
+def test_training_goes_through_both_legs(tmp_path: Path) -> None:
+    tiny = ["seq_len=512", "job.batch=1", "job.steps=4", "job.until=2", "job.warmup=1", "job.validate_windows=1"]
+    sizes = ["model.width=16", "model.hidden=16", "model.head_dim=16", "model.dtype=float32", "launcher.num_workers=1"]
+    command = [ROOT / "scripts" / "train_needle", tmp_path / "run", *tiny, *sizes]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"training resumes after step 2, from {tmp_path}/run/start/checkpoints/step-00000002" in done.stdout
+    assert (tmp_path / "run" / "needle.safetensors").exists()
+    wrong = subprocess.run(command[:1], capture_output=True, text=True)
+    assert wrong.returncode != 0 and "usage: scripts/train_needle FOLDER [overrides]" in wrong.stderr

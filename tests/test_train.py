@@ -231,17 +231,6 @@ def start_of(config: schema.Config, length: int, step: int, part: int, row: int 
     return reading.window_start(config, length, reading.random_of(config, step, part, row))
 
 
-def test_windows_differ_and_have_a_next_byte() -> None:
-    config = config_of("data.offset=100")
-    length = 100 + 301 + 5  # of which a window may begin at five
-    starts = [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
-    assert {*starts} == {*range(100, 105)}
-    assert starts == [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
-    assert starts[::2] != starts[1::2]  # of the two windows of a step
-    other = config_of("data.offset=100", "seed=1")
-    assert starts != [start_of(other, length, step, part) for step in range(1, 60) for part in range(2)]
-
-
 def test_groups_of_ranks_with_windows_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
     """Two groups that read one window each learn what one group learns of two, one after the other."""
     curves = []
@@ -424,16 +413,6 @@ def own_run(folder: Path, *overrides: str) -> dict[str, Any]:
     return run(here(folder), str(folder), [*overrides])
 
 
-def test_only_the_same_run_goes_on_in_its_folder(tmp_path: Path) -> None:
-    own_run(tmp_path, "job.steps=2", "job.warmup=1")
-    more = own_run(tmp_path, "job.warmup=1", "model.slice_rows=7", "job.save_every=1")
-    assert type(more["error"]) is ConfigError
-    assert "is of a run in which job.steps was 2 and is 10; expected the same settings, or another" in str(
-        more["error"]
-    )
-    assert len(curve_of(tmp_path)) == 2
-
-
 def test_a_run_may_begin_with_another_ones_checkpoint(tmp_path: Path, whole: dict[int, Path]) -> None:
     before = whole[1] / "checkpoints" / "step-00000008"
     resume = f"job.resume={before}"
@@ -457,52 +436,6 @@ def test_a_run_may_begin_with_another_ones_checkpoint(tmp_path: Path, whole: dic
     assert type(wider) is ConfigError and "model.hidden was 48 and is 64; expected a checkpoint of the same" in str(
         wider
     )
-
-
-def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "VERSIONS", {"distattn": "0.0.1", "torch": "1.0"})
-        own_run(tmp_path, "job.steps=1", "job.warmup=0")
-    said = own_run(tmp_path, "job.steps=1", "job.warmup=0")["lines"]
-    assert "was made with {'distattn': '0.0.1', 'torch': '1.0'}, and this is {" in said[0] and len(said) == 2
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("job.steps=0", "job.steps is 0; expected at least 1"),
-        ("job.accumulate=0", "job.accumulate is 0; expected at least 1"),
-        ("job.data_ranks=0", "job.data_ranks is 0; expected at least 1"),
-        ("job.log_every=0", "job.log_every is 0; expected at least 1"),
-        ("job.documents=true job.batch=2", "job.documents is true, with job.batch=2 and job.curriculum=text; expected"),
-        ("job.documents=true attention=hierarchical", "expected a pattern and nothing else, since summaries, chosen"),
-        ("job.save_every=0", "job.save_every is 0; expected at least 1"),
-        ("job.learning_rate=0", "job.learning_rate is 0.0; expected more than 0"),
-        ("job.learning_rate=nan", "job.learning_rate is nan; expected more than 0"),
-        ("job.warmup=11", "job.warmup is 11; expected 0 to job.steps, 10"),
-        ("job.weight_decay=-1", "job.weight_decay is -1.0; expected at least 0"),
-        ("job.clip=0", "job.clip is 0.0; expected more than 0, or null"),
-        ("job.resume=/nowhere", "job.resume is '/nowhere', which is no folder"),
-        ("seed=-1", "seed is -1; expected at least 0"),
-        ("model.dtype=float16", "model.dtype is 'float16', whose small gradients would vanish"),
-        ("attention.causal=false", "attention=longformer lets a token depend on those that follow it"),
-        ("attention=nsa", "attention=nsa has gates or pools that are learned; expected one without for job=train"),
-        ("attention.lookahead=true", "attention=hierarchical lets a token depend on those that follow it"),
-        ("seq_len=100000000", "seq_len is 100,000,000 bytes"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(override: str, message: str) -> None:
-    overrides = ["attention=hierarchical", override] if "lookahead" in override else override.split()
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        train.check(config_of(*overrides))
-
-
-def test_a_window_needs_one_byte_more(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    path.write_bytes(bytes(302))
-    train.check(config_of(f"data.path={path}"))
-    with pytest.raises(ConfigError, match="seq_len is 302 bytes, all that .* has; expected at least one byte more"):
-        train.check(config_of(f"data.path={path}", "seq_len=302"))
 
 
 # The command

@@ -77,6 +77,17 @@ def test_facts_are_learned_alike_and_the_held_out_text_is_read(ranks: RankPool, 
     assert curves["groups"][-1].held_out_bits == pytest.approx(nats / 1200 / math.log(2), rel=1e-5)
 
 
+def test_windows_differ_and_have_a_next_byte() -> None:
+    config = config_of("data.offset=100")
+    length = 100 + 301 + 5  # of which a window may begin at five
+    starts = [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert {*starts} == {*range(100, 105)}
+    assert starts == [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert starts[::2] != starts[1::2]  # of the two windows of a step
+    other = config_of("data.offset=100", "seed=1")
+    assert starts != [start_of(other, length, step, part) for step in range(1, 60) for part in range(2)]
+
+
 def test_training_reads_no_held_out_byte() -> None:
     config = config_of(*RECALL, "job.curriculum=text", "job.choice_weight=0", "job.accumulate=3")
     corpus, held_out = train.corpora(config)

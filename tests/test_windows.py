@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distattn.data import Corpus, open_corpus
-from distattn.windows import Window, recall_window, text_window
+from distattn.windows import LEAST, Window, recall_window, text_window
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_text_is_the_corpus(corpus: Corpus) -> None:
     assert {*window.weights} == {1 / 500}
 
 
-@pytest.mark.parametrize("size", [300, 1000, 8000])
+@pytest.mark.parametrize("size", [LEAST, 1000, 8000])
 def test_facts_are_asked_for_after_they_are_stated(corpus: Corpus, size: int) -> None:
     for seed in range(20):
         window = recall_window(corpus, 7, size, np.random.default_rng(seed))
@@ -44,12 +44,8 @@ def test_facts_are_asked_for_after_they_are_stated(corpus: Corpus, size: int) ->
         row, found = window.lookups.T
         assert (found < row).all() and window.asked[row].all()
         np.testing.assert_array_equal(window.labels[row], window.tokens[found])
-        # Half of the weight is the answers'.
-        if window.asked.any():
-            assert window.weights[window.asked].sum() == pytest.approx(0.5)
-        # Every code that is stated is asked for, but for those whose question the window ends in.
-        text = bytes(window.tokens)
-        assert text.count(b"# The access code for") >= text.count(b"# What is the access code for")
+        # Half of the weight is the answers', of which there are some.
+        assert window.weights[window.asked].sum() == pytest.approx(0.5)
     # Windows that are drawn with other numbers differ, and are the same for the same.
     one, same, other = (recall_window(corpus, 7, size, np.random.default_rng(n)) for n in (1, 1, 2))
     assert bytes(one.tokens) == bytes(same.tokens) != bytes(other.tokens)

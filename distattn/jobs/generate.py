@@ -21,13 +21,11 @@ from distattn.generate import Sampling, check_prompts, generate
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
 from distattn.jobs.settings import check_decoder, layer_specs, model_config
-from distattn.model import DTYPES, Decoder
+from distattn.model import DTYPES, SHAPES, Decoder
 from distattn.policies import HeaviestPages, Policy, SinksAndWindow
 from distattn.retrieval import Quest
 
 CPU_RANKS = 1
-# What the shapes of parameters follow from.
-_SHAPES = ("layers", "width", "heads", "kv_heads", "head_dim", "hidden")
 
 
 def check(config: Config) -> None:
@@ -194,22 +192,29 @@ def check_weights(config: Config, path: str | None) -> None:
     if path is None:
         return
     place = Path(path).expanduser()
-    if place.is_dir():
-        sizes = {name: checkpoint.inspect(place).settings.get(f"model.{name}") for name in _SHAPES}
-    elif place.exists():
-        sizes = vars(weights.load(place).decoder.config)
-    else:
+    if not place.exists():
         raise ConfigError(f"job.checkpoint is {path!r}, which does not exist; expected a folder or a file of weights")
-    for name in _SHAPES:
-        if sizes[name] != getattr(config.model, name):
+    trained = _trained(place)
+    for name in SHAPES:
+        if trained.get(name) != getattr(config.model, name):
             raise ConfigError(
-                f"job.checkpoint is {path}, in which model.{name} is {sizes[name]}; expected "
+                f"job.checkpoint is {path}, in which model.{name} is {trained.get(name)}; expected "
                 f"{getattr(config.model, name)}"
             )
 
 
+def _trained(place: Path) -> dict[str, Any]:
+    """Fields of the ModelConfig that a checkpoint's folder, or a file of weights, was trained with."""
+    if place.is_dir():
+        settings = checkpoint.inspect(place).settings
+        return {name.removeprefix("model."): value for name, value in settings.items() if name.startswith("model.")}
+    return vars(weights.load(place).decoder.config)
+
+
 def load_decoder(config: Config, context: Context, path: str | None) -> Decoder:
     """The decoder, with the parameters of a checkpoint's folder or of a file of weights; null: as they are drawn.
+
+    Where it computes otherwise than in training, such as with another model.rope_theta, that is told.
 
     Raises:
         ConfigError: these are of a decoder of other sizes.
@@ -222,6 +227,12 @@ def load_decoder(config: Config, context: Context, path: str | None) -> Decoder:
     group = None if context.mesh is None else context.mesh.get_group()
     checkpoint.on_first(group, lambda: check_weights(config, path))
     place = Path(path).expanduser()
+    if context.rank == 0:
+        trained = _trained(place)
+        for name in ("rope_theta", "unrotated_layers", "grow_from", "select_from"):
+            was, now = (list(x) if isinstance(x, tuple) else x for x in (trained.get(name), getattr(sizes, name)))
+            if was != now:
+                context.log(f"{path} was trained with model.{name}={was}, and this is {now}")
     if place.is_file():
         decoder.load_state_dict(weights.load(place).decoder.state_dict())
         return decoder

@@ -87,7 +87,10 @@ def check(config: Config) -> None:
         check_decoder(one)
         spec = attention_spec(one)
         if not spec.causal or (spec.select is not None and spec.select.lookahead):
-            raise ConfigError(f"job.attention has {name!r}, which lets a token depend on what follows; expected none")
+            raise ConfigError(
+                f"job.attention has {name!r}, which lets a token depend on what follows it; expected causal attention, "
+                "without lookahead"
+            )
     check_weights(config, weights_of(job))
     haystack(config)
 

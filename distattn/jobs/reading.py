@@ -80,7 +80,7 @@ class Reader:
         """job.accumulate parts of job.batch windows, those of this rank's group."""
         ahead, self._ahead = self._ahead, None
         found = ahead[1].result() if ahead is not None and ahead[0] == step else self._draw(step)
-        if step < self._job.steps:
+        if step < (self._job.until or self._job.steps):
             self._ahead = step + 1, self._thread.submit(self._draw, step + 1)
         return found
 

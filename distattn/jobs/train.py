@@ -29,14 +29,13 @@ from distattn.jobs.curve import Curve, board, read
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
 from distattn.jobs.settings import attention_spec, check_decoder, layer_specs
 from distattn.jobs.trainer import Measured, Trainer
+from distattn.model import SHAPES
 from distattn.sharding import whole
-from distattn.windows import CURRICULA
+from distattn.windows import CURRICULA, LEAST
 
 CHECKPOINTS = "checkpoints"
 CURVE = "train.csv"
 BOARD = "tensorboard"
-# What the shapes of parameters follow from.
-_SIZES = tuple(f"model.{name}" for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))
 
 
 def check(config: Config) -> None:
@@ -87,6 +86,10 @@ def _check_curriculum(config: Config) -> None:
     assert isinstance(job, TrainConfig)
     if job.curriculum not in CURRICULA:
         raise ConfigError(f"job.curriculum is {job.curriculum!r}; expected one of {', '.join(CURRICULA)}")
+    if job.curriculum == "recall" and config.seq_len < LEAST:
+        raise ConfigError(
+            f"seq_len is {config.seq_len}; expected at least {LEAST} with job.curriculum=recall, room for any fact"
+        )
     if not 0 <= job.choice_weight < math.inf:
         raise ConfigError(f"job.choice_weight is {job.choice_weight}; expected at least 0")
     if job.choice_weight:
@@ -238,6 +241,8 @@ def settings_of(config: Config, corpus: Corpus, held_out: Corpus | None) -> dict
         "batch",
         "accumulate",
         "curriculum",
+        "choice_weight",
+        "documents",
     )
     return {
         **{f"model.{name}": value for name, value in model.items()},
@@ -284,7 +289,7 @@ def beginning(folder: Path, job: TrainConfig, settings: dict[str, Any], log: Cal
             f"checkpoint {saved.path} is of a run in which {said}; expected the same settings, or another output_dir "
             "with job.resume"
         )
-    if {*differ} & {*_SIZES}:
+    if {*differ} & {f"model.{name}" for name in SHAPES}:
         raise ConfigError(f"job.resume is {saved.path}, in which {said}; expected a checkpoint of the same sizes")
     if saved.step > job.steps:
         raise ConfigError(f"job.steps is {job.steps}, but {saved.path} is of step {saved.step}; expected more steps")
