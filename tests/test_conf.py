@@ -65,6 +65,11 @@ def test_each_preset_layout_and_job_has_its_file() -> None:
         assert config_of(f"job={name}").job.name == name
 
 
+def test_an_unknown_experiment_is_no_other_job(command: Callable[..., tuple[object, str, str]]) -> None:
+    code, out, error = command("experiment=nope")
+    assert code != 0 and not out and "Could not find 'experiment/nope'" in error and "tiny_needle_start" in error
+
+
 def test_experiments_agree_on_the_decoder_and_its_attention() -> None:
     assert names("experiment") == {"demo", "needle", "tiny_needle", "tiny_needle_start"}
     needle, demo = config_of("experiment=needle"), config_of("experiment=demo", "seq_len=4096")
