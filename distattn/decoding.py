@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from distattn.errors import ConfigError
 from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
-from distattn.kernels.decode import decode_attention
+from distattn.kernels.decode import Source, decode_attention
 from distattn.kernels.rows import gate, merge
 from distattn.kernels.selected import AnyTable
 from distattn.kernels.table import TileTable
@@ -138,14 +138,15 @@ class Step:
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
         pool_k[slots], pool_v[slots] = kept_k, kept_v
-        parts = [attend_tiles(asks, pool_k, pool_v, group.table, scale)]
+        sources = [Source(pool_k, pool_v, group.table)]
         if isinstance(cache.keep, HeaviestPages):
             self._observe(layer, group, asks, cache.keep.observed, scale)
         if everyone is not None:
-            parts += self._beside_tokens(layer, group, asks, everyone, extras, scale, choice_of)
+            sources += self._beside_tokens(layer, group, everyone, extras, scale, choice_of)
         gated = spec.merge == "gate"
-        if not gated:
-            parts = [reduce(lambda a, b: merge(*a, *b), parts)]
+        dtype = q.dtype if group.routes.stays_here else accumulator_dtype(q.dtype)
+        softmaxes = [[source] for source in sources] if gated else [sources]
+        parts = [attend_tiles(asks, some, scale, dtype, group.blind) for some in softmaxes]
         merged = group.routes.come_back(parts, q.shape[1])
         if not gated:
             return merged[0][0].to(q.dtype).unsqueeze(0)
@@ -156,13 +157,12 @@ class Step:
         self,
         layer: int,
         group: _Group,
-        q: Tensor,
         everyone: tuple[Tensor, ...],
         extras: AttentionExtras,
         scale: float,
         choice_of: int | None,
-    ) -> list[Part]:
-        """What this rank's pages of summaries, and its pages of chosen chunks, add.
+    ) -> list[Source]:
+        """This rank's pages of summaries, and its pages of chosen chunks, after what is new was pooled.
 
         everyone: queries, and what is pooled, of all new rows.
         """
@@ -174,7 +174,7 @@ class Step:
             levels.pool(slot, start, rows[1], rows[2], extras)
             if group.asking and choice_of is None:
                 chosen.append(levels.choose(slot, group.asking[number], rows[0], extras, scale))
-        parts: list[Part] = []
+        sources: list[Source] = []
         choice = self._choices.get(choice_of) if choice_of is not None else None
         if chosen:
             choice = self._choices[layer] = torch.cat(chosen, dim=1)
@@ -184,17 +184,14 @@ class Step:
             if table is None:
                 assert choice is not None and group.choosing is not None
                 table = plan.summary_table(choice, group.choosing, self._slots_there, cache.rank, cache.world_size)
-            parts.append(attend_tiles(q, levels.k, levels.v, table, scale, levels.bias))
+            sources.append(Source(levels.k, levels.v, table, levels.bias))
         if plan is not None and choice is not None:
             assert group.choosing is not None
             sub_pages, first_of = self._sub_pages(plan.sub_page)
             own = cache.k[layer].shape[0] // plan.sub_page
             table = plan.chosen_table(choice, group.choosing, sub_pages, first_of, own)
-            parts.append(attend_tiles(q, cache.k[layer], cache.v[layer], table, scale))
-        if group.blind is not None:
-            for out, lse in parts:
-                out[group.blind], lse[group.blind] = 0.0, -torch.inf
-        return parts
+            sources.append(Source(cache.k[layer], cache.v[layer], table))
+        return sources
 
     def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
         """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
@@ -355,13 +352,27 @@ def causal(pattern: Pattern) -> Pattern:
     return pattern if isinstance(pattern, Causal) else Causal() & pattern
 
 
-def attend_tiles(q: Tensor, k: Tensor, v: Tensor, table: AnyTable, scale: float, bias: Tensor | None = None) -> Part:
-    """(out [rows, heads, value_dim], lse [rows, heads]) of query tiles, in the accumulator's dtype.
+def attend_tiles(
+    q: Tensor, sources: Sequence[Source], scale: float, dtype: torch.dtype, blind: Tensor | None = None
+) -> Part:
+    """(out [rows, heads, value_dim] in a dtype, lse [rows, heads]) of query tiles: one softmax over all sources.
 
-    q: [rows, heads, head_dim]. k, v: [slots, kv_heads, dim]. bias: [slots, kv_heads].
+    q: [rows, heads, head_dim]. blind: bool [rows], those that attend to the first source alone.
     """
+    if sources[0].table.block_q == 1 and blind is None:
+        return decode_attention(q, sources, scale=scale, dtype=dtype)
+    parts = [_attend_source(q, source, scale) for source in sources]
+    if blind is not None:
+        for out, lse in parts[1:]:
+            out[blind], lse[blind] = 0.0, -torch.inf
+    out, lse = reduce(lambda a, b: merge(*a, *b), parts)
+    return out.to(dtype), lse
+
+
+def _attend_source(q: Tensor, source: Source, scale: float) -> Part:
+    k, v, table, bias = source
     if table.block_q == 1:
-        return decode_attention(q, k, v, table, scale=scale, bias=bias)
+        return decode_attention(q, [source], scale=scale)
     dtype = accumulator_dtype(q.dtype)
     out = q.new_zeros((1, q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
     lse = q.new_full(out.shape[:3], -torch.inf, dtype=dtype)

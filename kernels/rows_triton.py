@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.launching import Part, Recording, kinds
+from distattn.kernels.launching import Recording, kinds
 from distattn.kernels.rows import Places
 
 _PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -82,7 +82,7 @@ def _move(tensors: Sequence[Tensor], flat: Tensor, places: Places, way: tl.const
         return
     assert flat.numel() == places.size(tensors)
     recording = Recording(given)
-    *parts, flat_part = (Part(number, 0, x) for number, x in enumerate(given))
+    *parts, flat_part = recording.parts
     dims = [x.shape[3] for x in tensors]
     dims_2 = [triton.next_power_of_2(dim) for dim in dims]
     rows, runs = max(1, 4096 // max(dims_2)), len(places.runs)

@@ -20,7 +20,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from distattn import decoding, presets, reference
 from distattn.cache import Cache
 from distattn.extras import AttentionExtras
-from distattn.kernels.decode import decode_attention
+from distattn.kernels.decode import Source, decode_attention
 from distattn.kernels.masks import Masks
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
@@ -210,9 +210,9 @@ def counted() -> Iterator[list[float]]:
     found: list[float] = []
     kept = decoding.decode_attention
 
-    def count(q: Tensor, k: Tensor, v: Tensor, table: AnyTable, **more: Any) -> Any:
-        found.append(keys_of(table))
-        return kept(q, k, v, table, **more)
+    def count(q: Tensor, sources: Sequence[Source], **more: Any) -> Any:
+        found.extend(keys_of(source.table) for source in sources)
+        return kept(q, sources, **more)
 
     decoding.decode_attention = count
     try:
@@ -240,7 +240,7 @@ def ragged(case: Case, dtype: torch.dtype, device: torch.device, rounds: int) ->
     k, v = (torch.randn(len(order) * BLOCK, KV_HEADS, DIM, device=device, dtype=dtype) for _ in range(2))
 
     def ours() -> Tensor:
-        return decode_attention(q, k, v, table, scale=SCALE)[0]
+        return decode_attention(q, [Source(k, v, table)], scale=SCALE, dtype=dtype)[0]
 
     # The same keys, padded: [batch, kv_heads, longest, dim].
     first = np.concatenate(([0], pages.cumsum()))
@@ -362,13 +362,15 @@ def launches(length: int, dtype: torch.dtype, device: torch.device, rounds: int)
         for columns, stages, warps in ((32, 4, 4), (64, 3, 4), (64, 4, 4), (64, 5, 4), (128, 3, 4), (128, 3, 8)):
             table = paged_table(np.asarray([length]), order)
 
-            def run(table: TileTable = table, how: tuple[int, ...] = (columns, stages, warps, programs)) -> None:
-                decode_triton.decode(q, k, v, None, table, out, lse, SCALE, *how)
+            how = decode_triton.How(columns, stages, warps, programs)
+
+            def run(table: TileTable = table, how: decode_triton.How = how) -> None:
+                decode_triton.decode(q, [Source(k, v, table)], out, lse, SCALE, how)
 
             try:
                 ms = statistics.median(times(run, rounds, device))
             except Exception as error:  # too much shared memory
-                print(f"{(programs, columns, stages, warps)} does not run: {str(error).splitlines()[0]}")
+                print(f"{how} does not run: {str(error).splitlines()[0]}")
                 continue
             speed = (k.nbytes + v.nbytes) / ms / 1e6
             yield {

@@ -29,6 +29,7 @@ from distattn.axis import Axis
 from distattn.kernels import attention, chunks_triton, decode_triton, rows_triton, summary_pages_triton
 from distattn.kernels.attention import Biases, Choice, Pages
 from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
+from distattn.kernels.decode import Source
 from distattn.kernels.rows import Places
 from distattn.kernels.selected import SelectedTable
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
@@ -125,7 +126,7 @@ def record_decoding(q: torch.Tensor, own: Pages) -> None:
     parts = [[(visits, Extents.of(np.arange(pages), 0))]]
     table = assemble(parts, [0] * q.shape[2], 1, (1, 128), pages, 0)
     out, lse = q[0, :1].float(), q[0, :1, :, 0].float()
-    decode_triton.decode(q[0, :1], own.k[0], own.v[0], None, table, out, lse, 0.1)
+    decode_triton.decode(q[0, :1], [Source(own.k[0], own.v[0], table)], out, lse, 0.1)
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
