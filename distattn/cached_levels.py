@@ -33,6 +33,9 @@ from distattn.spec import AttentionSpec
 from distattn.summaries import pool_members
 from distattn.tiles import visit
 
+FEW = 16
+"""Up to so many new tokens of a sequence are attended one by one; more are tiles."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -287,9 +290,8 @@ class CachedLevels:
             centre = self.plan.pools[-1].on(q.device, "centre")
             keys = extras.rotate(keys.unsqueeze(0), centre)[0]
         choosers = Choosers(rows.unsqueeze(0), asking.number, *(asking.on(q.device, x) for x in ("own", "until")))
-        return choose_chunks(
-            by, choosers, keys.unsqueeze(0).to(rows.dtype), bias, hierarchy.on(q.device, "selectable"), scale
-        )[0]
+        few = len(asking.own) <= FEW
+        return choose_chunks(by, choosers, keys.unsqueeze(0), bias, hierarchy.on(q.device, "selectable"), scale, few)[0]
 
     def _feed(self, number: int, slot: int, first: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
         """Members of a level that follow ``first`` others; whole summaries go on to the next level."""

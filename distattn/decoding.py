@@ -15,7 +15,7 @@ from torch import Tensor
 from distattn import operators
 from distattn.algebra import Pattern
 from distattn.axis import Axis
-from distattn.cached_levels import Asking, CachedLevels, LevelPlan
+from distattn.cached_levels import FEW, Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
@@ -36,8 +36,6 @@ from distattn.tiles import visit
 if TYPE_CHECKING:
     from distattn.cache import Cache
 
-FEW = 16
-"""Up to so many new tokens of each sequence are attended one by one; more are tiles."""
 _BLOCK_Q = 128
 RETRIEVED = dense()
 """Layers of this spec may retrieve pages."""

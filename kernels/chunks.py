@@ -71,26 +71,34 @@ class Choosers(NamedTuple):
 
 
 def choose_chunks(
-    by: Choosing, choosers: Choosers, keys: Tensor, bias: Tensor | None, selectable: Tensor, scale: float
+    by: Choosing,
+    choosers: Choosers,
+    keys: Tensor,
+    bias: Tensor | None,
+    selectable: Tensor,
+    scale: float,
+    few: bool = False,
 ) -> Tensor:
     """int32 [batch, heads / share, n, most]: the chunks of each row, ascending, then -1. Ties go to the lower chunk.
 
     Args:
         by, choosers: see there.
-        keys: [batch, columns, kv_heads, dim] in the dtype of the rows; query head h reads h // (heads // kv_heads).
+        keys: [batch, columns, kv_heads, dim], rounded to the dtype of the rows; query head h reads
+            h // (heads // kv_heads).
         bias: [columns, kv_heads], added to the scores of a column, -inf for one that is not there; with ``mass`` only.
         selectable: bool [chunks]: which may be chosen at all.
         scale: factor of the scores.
+        few: the rows are few, and the same on all ranks; on GPUs programs then share them.
     """
     if choosers.rows.is_cuda and choosers.rows.dtype != torch.float64:
         from distattn.kernels import chunks_triton
 
-        return chunks_triton.choose_chunks(by, choosers, keys, bias, selectable, scale)
+        return chunks_triton.choose_chunks(by, choosers, keys, bias, selectable, scale, few)
     rows, number, own, until = choosers
     batch, count, heads, _ = rows.shape
     kv_heads = keys.shape[2]
     dtype = accumulator_dtype(rows.dtype)
-    turned = keys.to(dtype).permute(0, 2, 3, 1).contiguous()  # [batch, kv_heads, dim, columns]
+    turned = keys.to(rows.dtype).to(dtype).permute(0, 2, 3, 1).contiguous()  # [batch, kv_heads, dim, columns]
     # A row has the same place in a slice of the same shape on every rank: products of others are rounded otherwise.
     step = min(max(_SCRATCH // max(heads * keys.shape[1], 1), 16), by.chunks * by.rows)
     step = 2 ** math.ceil(math.log2(step))
@@ -107,7 +115,7 @@ def choose_chunks(
         scores = scores.flatten(1, 2)[:, :, inside]  # [batch, heads, rows, columns]
         if by.mass:
             scores = _masses(scores, by, chunks, until[first:stop], bias)
-        found[:, :, first:stop] = _best(scores, by, own[first:stop], selectable)
+        found[:, :, first:stop] = best(scores, by, own[first:stop], selectable)
     return found
 
 
@@ -130,8 +138,8 @@ def _masses(scores: Tensor, by: Choosing, chunks: int, until: Tensor, bias: Tens
     return found
 
 
-def _best(scores: Tensor, by: Choosing, own: Tensor, selectable: Tensor) -> Tensor:
-    """The chosen chunks of scores [batch, tables, rows, chunks up to some]: [batch, tables, rows, most]."""
+def best(scores: Tensor, by: Choosing, own: Tensor, selectable: Tensor) -> Tensor:
+    """int32, ascending, then -1: the chosen chunks of scores [batch, tables, rows, chunks up to some]: [batch, tables, rows, most]."""
     chunks = scores.shape[-1]
     candidates, always = _candidates(by, own, selectable[:chunks])
     left = (by.k - always.sum(1, keepdim=True)).clamp_min(0)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.kernels.attention_triton import precision
-from distattn.kernels.launching import Launches, Recording
+from distattn.kernels.launching import Launches, Recording, multiprocessors
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.walk_triton import LN_2, LOG2_E, LOWEST
 from distattn.kernels.work import query_units
@@ -69,21 +69,6 @@ def _step(
     return new_high, total, acc
 
 
-@triton.jit
-def _partial_visit(
-    part_page, part_mask, words, i, end, column, SUBS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
-    WORDS: tl.constexpr, NAMED: tl.constexpr,
-):  # fmt: skip
-    """The page of turn i, -1 from ``end`` on, and the words that have the bits of its columns."""
-    page = tl.load(part_page + i // SUBS, mask=i < end, other=-1)
-    mask = i // SUBS
-    if not NAMED:
-        mask = tl.load(part_mask + i // SUBS, mask=i < end, other=0)
-    inside = i % SUBS * COLUMNS + column
-    at = words + mask.to(tl.int64) * WORDS + inside // 32
-    return page, tl.load(at, mask=(inside < BLOCK_K) & (i < end), other=0)
-
-
 @triton.jit(do_not_specialize=["base"])
 def _decode(
     q, k, v, bias, slot_out, slot_lse, programs, full_page, part_page, part_mask, words, base, scale,
@@ -114,21 +99,27 @@ def _decode(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
 
-    # Pages, and masks, are those of the next turn, so that addresses are known in time.
+    # Pages, and numbers of masks, are those of the next turn, so that addresses are known in time.
     begin = tl.load(program + 4) * SUBS
     end = tl.load(program + 5) * SUBS
-    page, bits = _partial_visit(part_page, part_mask, words, begin, end, column, SUBS, COLUMNS, BLOCK_K, WORDS, NAMED)
+    page = tl.load(part_page + begin // SUBS, mask=begin < end, other=-1)
+    mask = begin // SUBS
+    if not NAMED:
+        mask = tl.load(part_mask + begin // SUBS, mask=begin < end, other=0)
     for i in tl.range(begin, end, num_stages=STAGES):
         sub = i % SUBS * COLUMNS
-        allowed = (((bits >> ((sub + column) % 32)) & 1) == 1) & (page >= 0)
+        inside = sub + column
+        bits = tl.load(words + mask.to(tl.int64) * WORDS + inside // 32, mask=inside < BLOCK_K, other=0)
+        allowed = (((bits >> (inside % 32)) & 1) == 1) & (page >= 0)
         first = tl.maximum(page, 0).to(tl.int64) * BLOCK_K + sub
         high, total, acc = _step(
             queries, k_at + first * k_n, v_at + first * v_n, bias_at + first * bias_n, allowed, d, dv,
             high, total, acc, scale, DIM, V_DIM, True, BIAS, PRECISION,
         )  # fmt: skip
-        page, bits = _partial_visit(
-            part_page, part_mask, words, i + 1, end, column, SUBS, COLUMNS, BLOCK_K, WORDS, NAMED
-        )  # fmt: skip
+        page = tl.load(part_page + (i + 1) // SUBS, mask=i + 1 < end, other=-1)
+        mask = (i + 1) // SUBS
+        if not NAMED:
+            mask = tl.load(part_mask + (i + 1) // SUBS, mask=i + 1 < end, other=0)
 
     begin = tl.load(program + 6) * SUBS
     end = tl.load(program + 7) * SUBS
@@ -318,9 +309,9 @@ class How(NamedTuple):
 def decode(q: Tensor, sources: Sequence[Source], out: Tensor, lse: Tensor, scale: float, how: How | None = None) -> None:
     """Writes out, in its dtype, and lse, in float32, of all rows."""
     how = how or How()
-    chips = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    at_once = how.programs * multiprocessors(q.device)
     sources = [source for source in sources if not source.table.is_empty]
-    splits = [split(source.table, source.k.shape[1], q.device, how.programs * chips) for source in sources]
+    splits = [split(source.table, source.k.shape[1], q.device, at_once) for source in sources]
     if not sources:
         out.zero_()
         lse.fill_(-torch.inf)

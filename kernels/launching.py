@@ -27,6 +27,12 @@ def kinds(tensors: Sequence[Tensor]) -> Hashable:
     return tensors[0].get_device(), *each
 
 
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of a CPU, which only tries kernels out, 2."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 class Part(NamedTuple):
     """An argument that differs from call to call.
 
