@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from distattn.axis import Axis
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
 from distattn.hierarchy import Hierarchy
 from distattn.kernels.attention import accumulator_dtype
+from distattn.kernels.chosen_pages import Where, chosen_pages
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means
 from distattn.kernels.selected import SelectedTable
 from distattn.layout import make_layout
-from distattn.levels import Level, OnDevices
+from distattn.levels import Level, OnDevices, packed
 from distattn.paged import Placed, Tiles, joined, place
 from distattn.spans import Bools, Ints
 from distattn.spec import AttentionSpec
@@ -66,7 +66,7 @@ class Asking(OnDevices):
     until: NDArray[np.int32]
 
 
-class LevelPlan:
+class LevelPlan(OnDevices):
     """What layers of one spec share: its levels, for sequences of up to ``max_len`` tokens.
 
     Raises:
@@ -113,6 +113,13 @@ class LevelPlan:
     def sub_page(self) -> int:
         """Rows of the pages as which chosen chunks are visited."""
         return math.gcd(self.hierarchy.chunk, self.sizes.block_k)
+
+    @property
+    def piece_bits(self) -> NDArray[np.int32]:
+        """int32 [chunks * pieces, words]: bits of the tokens of pages of ``sub_page`` rows that are no global keys."""
+        allowed = np.zeros(self.hierarchy.chunks * self.hierarchy.chunk, np.bool_)
+        allowed[: self.hierarchy.length] = ~self.hierarchy.left_out_rows
+        return packed(allowed.reshape(-1, self.sub_page))
 
     def tile(self, few: bool, block: int) -> tuple[int, int]:
         """(rows of a query tile, what its first position is a multiple of)."""
@@ -178,27 +185,9 @@ class LevelPlan:
             first: int64 [sequences + 1]: those of each sequence among them. own_pages: of the rank.
         """
         hierarchy, rows, device = self.hierarchy, self.sub_page, chosen.device
-        sequence = tiles.on(device, "sequence")
-        pieces = hierarchy.chunk // rows
-        piece = chosen.clamp_min(0).long()[..., None] * pieces + torch.arange(pieces, device=device)
-        at = first[sequence][:, None, None] + piece
-        there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
-        pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
-        position = piece[..., None] * rows + torch.arange(rows, device=device)
-        last = tiles.on(device, "first")[:, None, None, None]
-        allowed = position <= last
-        if len(hierarchy.left_out):
-            allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
-        return SelectedTable(
-            tiles.block,
-            rows,
-            len(tiles),
-            own_pages,
-            0,
-            hierarchy.head_table,
-            pages.flatten(2).int().contiguous(),
-            _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous(),
-        )
+        where = Where(sub_pages, first, self.on(device, "piece_bits"), hierarchy.chunk // rows, rows)
+        pages, masks = chosen_pages(chosen, tiles.on(device, "sequence"), tiles.on(device, "first"), where)
+        return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, pages, masks)
 
     def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Tensor, rank: int, world_size: int) -> SelectedTable:
         """What tiles visit of the buffers beside chosen chunks, so that every token counts once.
@@ -350,9 +339,3 @@ class CachedLevels:
         self._before[slot] = found[whole]
         self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
         return found
-
-
-def _packed(bits: Tensor) -> Tensor:
-    """bool [..., n] as int32 [..., words], bit i % 32 of word i // 32."""
-    bits = F.pad(bits, (0, -bits.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    return (bits.long() << torch.arange(32, device=bits.device)).sum(-1).to(torch.int32)

@@ -235,7 +235,7 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
         for first in range(0, count, step):
             some = slice(first, first + step)
             bits = _visited_rows(chosen[b, :, some], position[some], ladder).unflatten(-1, (-1, ladder.page))
-            packed = _packed(bits, ladder.words) & exists
+            packed = packed_bits(bits, ladder.words) & exists
             order = torch.where((packed != 0).any(-1), ladder.pages - number, 0).topk(most, dim=-1).values
             page = torch.where(order > 0, ladder.pages - order, 0)
             pages[b, :, some, :most] = torch.where(order > 0, page, -1).int()
@@ -244,7 +244,7 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
     return pages, masks
 
 
-def _packed(bits: Tensor, words: int) -> Tensor:
+def packed_bits(bits: Tensor, words: int) -> Tensor:
     """bool [..., n] as int32 [..., words], bit i % 32 of word i // 32."""
     bits = F.pad(bits, (0, words * 32 - bits.shape[-1])).unflatten(-1, (words, 32))
     return (bits * (1 << torch.arange(32))).sum(-1).to(torch.int32)
