@@ -116,7 +116,8 @@ class Cache:
         self.released: dict[int, int] = {}
         self.lost: dict[int, int] = {}
         self.sequences, self.slot_of = sequences, dict[int, int]()
-        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
+        share = self.rank, self.world_size
+        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device, share)
         self.level_plans = plan_levels(specs, wide)
         self.retrieval = None if retrieve is None else retrieve.plan(wide)
         if retrieve is not None and RETRIEVED not in specs:

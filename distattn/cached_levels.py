@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from distattn.hierarchy import Hierarchy
 from distattn.kernels.attention import accumulator_dtype
 from distattn.kernels.chosen_pages import Where, chosen_pages
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
-from distattn.kernels.rows import chunk_means
+from distattn.kernels.rows import chunk_means, store_rows
 from distattn.kernels.selected import SelectedTable
 from distattn.layout import make_layout
 from distattn.levels import Level, OnDevices, packed
@@ -39,7 +39,10 @@ FEW = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a cache: heads and dimensions, how long a sequence may be, how many there may be at a time."""
+    """Of a cache: heads and dimensions, how long a sequence may be, how many there may be at a time.
+
+    share: (rank, ranks): this one attends to the pages p of a buffer with p % ranks == rank.
+    """
 
     heads: int
     kv_heads: int
@@ -50,6 +53,7 @@ class Sizes:
     block_k: int
     dtype: torch.dtype
     device: torch.device
+    share: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,7 @@ class LevelPlan(OnDevices):
         chunk = self.hierarchy.chunk
         return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
-    def visited(self, tiles: Tiles, slot: Ints, world_size: int) -> Placed:
+    def visited(self, tiles: Tiles, slot: Ints) -> Placed:
         """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
 
         slot: int64 [sequences], whose buffer each has.
@@ -149,7 +153,7 @@ class LevelPlan(OnDevices):
             first = level.first_row // self.sizes.block_k
 
             def where(tile: Ints, page: Ints, first: int = first) -> tuple[Ints, Ints]:
-                return (first + page) % world_size, slot[tiles.sequence[tile]] * pages + first + page
+                return (first + page) % self.sizes.share[1], slot[tiles.sequence[tile]] * pages + first + page
 
             parts.append(place(visit(hierarchy.visible(number), queries, keys), where))
         return joined(parts)
@@ -189,21 +193,22 @@ class LevelPlan(OnDevices):
         pages, masks = chosen_pages(chosen, tiles.on(device, "sequence"), tiles.on(device, "first"), where)
         return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, pages, masks)
 
-    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Tensor, rank: int, world_size: int) -> SelectedTable:
+    @property
+    def row_bits(self) -> NDArray[np.int32]:
+        """int32 [pages of a buffer, words]: bits of the rows that are summaries, in pages that are this rank's."""
+        bits, (rank, ranks) = self.hierarchy.row_bits, self.sizes.share
+        return np.where((np.arange(len(bits)) % ranks == rank)[:, None], bits, 0)
+
+    def summary_table(self, chosen: Tensor, tiles: Tiles, first: Tensor) -> SelectedTable:
         """What tiles visit of the buffers beside chosen chunks, so that every token counts once.
 
-        slot: int64 [sequences], whose buffer each has.
+        first: int32 [tiles], the page with which the buffer of each one's sequence begins.
         """
-        hierarchy, device = self.hierarchy, chosen.device
-        position, ladder = tiles.on(device, "positions"), hierarchy.ladder
-        pages, masks = summary_pages(chosen.unsqueeze(0), position, hierarchy.on(device, "row_bits"), ladder)
-        of = slot[tiles.on(device, "sequence")][:, None] * ladder.pages
-        mine = (pages[0] >= 0) & (pages[0] % world_size == rank)
-        selected = torch.where(mine, pages[0] + of, -1).int()
+        hierarchy, device, ladder = self.hierarchy, chosen.device, self.hierarchy.ladder
+        position, bits = tiles.on(device, "positions"), self.on(device, "row_bits")
+        pages, masks = summary_pages(chosen.unsqueeze(0), position, bits, ladder, first)
         every = self.sizes.sequences * ladder.pages
-        return SelectedTable(
-            tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, selected, masks[0].contiguous()
-        )
+        return SelectedTable(tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, pages[0], masks[0])
 
 
 class CachedLevels:
@@ -307,9 +312,9 @@ class CachedLevels:
                 self._write(number, slot, begin, stop, *pooled, extras)
                 if number + 1 < len(plan.hierarchy.levels):
                     self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
-        latest = torch.arange(max(len(k) - size, 0), len(k), device=k.device)
-        for ring, x in zip(rings, (k, v), strict=True):
-            ring[slot, (first + latest) % size] = x[latest].to(ring.dtype)
+        count = min(len(k), size)
+        at = _places_in_ring(slot, size, first + len(k) - count, count, k.device)
+        store_rows([ring.flatten(0, 1) for ring in rings], at, [x[len(x) - count :] for x in (k, v)])
 
     def _write(
         self, number: int, slot: int, begin: int, stop: int, keys: Tensor, values: Tensor, extras: AttentionExtras
@@ -339,3 +344,9 @@ class CachedLevels:
         self._before[slot] = found[whole]
         self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
         return found
+
+
+@lru_cache(maxsize=256)
+def _places_in_ring(slot: int, size: int, first: int, count: int, device: torch.device) -> Tensor:
+    """int64 [count]: rows of the rings of a level for its members from ``first`` on. Kept for the layers of a step."""
+    return torch.from_numpy(slot * size + (first + np.arange(count)) % size).to(device)

@@ -21,7 +21,7 @@ from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
 from distattn.kernels.decode import Source, decode_attention
-from distattn.kernels.rows import gate, merge
+from distattn.kernels.rows import gate, merge, store_rows
 from distattn.kernels.selected import AnyTable
 from distattn.kernels.table import TileTable
 from distattn.paged import Tiles, place, table_of, wanted
@@ -47,7 +47,8 @@ class _Group:
 
     plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
     sequence.
-    table: of tokens. summaries: of summaries, where these follow from positions alone. blind: bool, rows of this rank's
+    table: of tokens. summaries: of summaries, where these follow from positions alone; else buffers: int32 [tiles that
+    choose], the page with which the summaries of their sequence begin. blind: bool, rows of this rank's
     query tiles that attend to tokens alone; None if there is none.
     """
 
@@ -58,6 +59,7 @@ class _Group:
     choosing: Tiles | None = None
     asking: tuple[Asking, ...] = ()
     summaries: TileTable | None = None
+    buffers: Tensor | None = None
     blind: Tensor | None = None
 
 
@@ -135,7 +137,7 @@ class Step:
         plain = k if extras.pool_keys is None else extras.pool_keys
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
-        pool_k[slots], pool_v[slots] = kept_k, kept_v
+        store_rows((pool_k, pool_v), slots, (kept_k, kept_v))
         sources = [Source(pool_k, pool_v, group.table)]
         if isinstance(cache.keep, HeaviestPages):
             self._observe(layer, group, asks, cache.keep.observed, scale)
@@ -180,8 +182,8 @@ class Step:
             assert isinstance(levels, CachedLevels)
             table: AnyTable | None = group.summaries
             if table is None:
-                assert choice is not None and group.choosing is not None
-                table = plan.summary_table(choice, group.choosing, self._slots_there, cache.rank, cache.world_size)
+                assert choice is not None and group.choosing is not None and group.buffers is not None
+                table = plan.summary_table(choice, group.choosing, group.buffers)
             sources.append(Source(levels.k, levels.v, table, levels.bias))
         if plan is not None and choice is not None:
             assert group.choosing is not None
@@ -284,10 +286,6 @@ class Step:
         """int64 [sequences]: which buffers of summaries are theirs."""
         return np.asarray([self.cache.slot_of[sequence] for sequence in self.counts])
 
-    @cached_property
-    def _slots_there(self) -> Tensor:
-        return torch.from_numpy(self._slots).to(self.cache.device)
-
     def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
         if rows not in self._small:
@@ -331,18 +329,22 @@ class Step:
             return _Group(None, tiles, routes, table)
         summaries = None
         if spec.summaries and (spec.select is None or spec.merge == "gate"):
-            visited = plan.visited(tiles, self._slots, cache.world_size)
+            visited = plan.visited(tiles, self._slots)
             pages = cache.sequences * plan.rows // cache.block_k
             summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
         asking: tuple[Asking, ...] = ()
-        choosing = None
+        choosing = buffers = None
         if plan.spec.select is not None:
             choosing = plan.choice_tiles(tiles, self.start + self.count)
             of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
             asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
+        if plan.spec.summaries and summaries is None:
+            assert choosing is not None
+            begins = self._slots[choosing.sequence] * plan.hierarchy.ladder.pages
+            buffers = torch.from_numpy(begins.astype(np.int32)).to(cache.device)
         blind = torch.from_numpy(plan.blind(tiles))
         on_device = blind.to(cache.device) if bool(blind.any()) else None
-        return _Group(plan, tiles, routes, table, choosing, asking, summaries, on_device)
+        return _Group(plan, tiles, routes, table, choosing, asking, summaries, buffers, on_device)
 
 
 def causal(pattern: Pattern) -> Pattern:

@@ -139,7 +139,10 @@ def _masses(scores: Tensor, by: Choosing, chunks: int, until: Tensor, bias: Tens
 
 
 def best(scores: Tensor, by: Choosing, own: Tensor, selectable: Tensor) -> Tensor:
-    """int32, ascending, then -1: the chosen chunks of scores [batch, tables, rows, chunks up to some]: [batch, tables, rows, most]."""
+    """The chosen chunks, ascending, then -1: int32 [batch, tables, rows, most].
+
+    scores: [batch, tables, rows, chunks up to some]. own, selectable: as in :func:`choose_chunks`.
+    """
     chunks = scores.shape[-1]
     candidates, always = _candidates(by, own, selectable[:chunks])
     left = (by.k - always.sum(1, keepdim=True)).clamp_min(0)
@@ -207,7 +210,9 @@ class Ladder(NamedTuple):
         return -(-self.page // 32)
 
 
-def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladder) -> tuple[Tensor, Tensor]:
+def summary_pages(
+    chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladder, first_page: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What is visited of the summary buffer beside the chosen chunks, so that every token counts once.
 
     Under its level's reach a summary is visited unless a chosen chunk lies in it; then its members are instead, as far
@@ -217,6 +222,7 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
         chosen: int32 [batch, tables, tiles, n], chunks or -1.
         position: int32 [tiles], of a tile's first query; all its queries see the same levels.
         exists: int32 [pages, words], bits of the rows of the buffer that are summaries.
+        first_page: int32 [tiles], the page with which each one's buffer begins; 0 if None.
 
     Returns:
         pages int32 [batch, tables, tiles, most], ascending, then -1, and masks int32 [.., most, 1, words] of them.
@@ -224,7 +230,7 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
     if chosen.is_cuda:
         from distattn.kernels import summary_pages_triton
 
-        return summary_pages_triton.summary_pages(chosen, position, exists, ladder)
+        return summary_pages_triton.summary_pages(chosen, position, exists, ladder, first_page)
     batch, tables, count, _ = chosen.shape
     pages = torch.full((batch, tables, count, ladder.most), -1, dtype=torch.int32)
     masks = torch.zeros((batch, tables, count, ladder.most, 1, ladder.words), dtype=torch.int32)
@@ -238,7 +244,8 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
             packed = packed_bits(bits, ladder.words) & exists
             order = torch.where((packed != 0).any(-1), ladder.pages - number, 0).topk(most, dim=-1).values
             page = torch.where(order > 0, ladder.pages - order, 0)
-            pages[b, :, some, :most] = torch.where(order > 0, page, -1).int()
+            begins = 0 if first_page is None else first_page[some, None]
+            pages[b, :, some, :most] = torch.where(order > 0, page + begins, -1).int()
             index = page.long().unsqueeze(-1).expand(*page.shape, ladder.words)
             masks[b, :, some, :most, 0] = packed.gather(-2, index)
     return pages, masks

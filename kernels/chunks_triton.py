@@ -363,7 +363,9 @@ def choose_chunks(
             part = slice(first, first + size)
             given = rows[b, part], keys[b], there, until[part], own[part], allowed, scores, highest, found[b, :, part]
             _LAUNCHES.run(
-                given, (by, chunks, scale, how, bias is not None), partial(_record, by, chunks, scale, how, bias is not None)
+                given,
+                (by, chunks, scale, how, bias is not None),
+                partial(_record, by, chunks, scale, how, bias is not None),
             )
     return found
 
@@ -424,7 +426,7 @@ def _record(by: Choosing, chunks: int, scale: float, how: _How, biased: bool, re
 def record_best(
     recording: Recording, by: Choosing, chunks: int, scores: Part, own: Part, until: Part, allowed: Part, found: Part
 ) -> None:
-    """Launches what finds the best of scores [tables, rows or more, columns], see chunks.py; found [tables, rows, most]."""
+    """Launches what finds the best of scores, as chunks.best. scores: [tables, rows or more, columns]."""
     tables, size = found.now.shape[:2]
     width = max(min(triton.next_power_of_2(chunks), _WIDEST), _GROUP)
     # A program alone on a multiprocessor is quicker with more threads.

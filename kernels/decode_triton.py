@@ -220,9 +220,9 @@ def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) ->
     """
     if isinstance(table, SelectedTable):
         shape = table.tables, table.tiles, table.selected.shape[2]
-        some, places, numbers = _selected(table.head_table, kv_heads, shape, table.has_masks, device, at_once)
+        some, here, numbers = _selected(table.head_table, kv_heads, shape, table.has_masks, device, at_once)
         pages = table.selected.contiguous()
-        return Split(some, places, pages, pages, pages, pages if table.masks is None else table.masks, *numbers)
+        return Split(some, here, pages, pages, pages, pages if table.masks is None else table.masks, *numbers)
     name = "decode", device, kv_heads, at_once
     if name not in table.cache:
         first = table.part_ptr[:-1].astype(np.int64), table.full_cumulative[table.full_ptr[:-1]]
@@ -306,7 +306,9 @@ class How(NamedTuple):
     programs: int = 4
 
 
-def decode(q: Tensor, sources: Sequence[Source], out: Tensor, lse: Tensor, scale: float, how: How | None = None) -> None:
+def decode(
+    q: Tensor, sources: Sequence[Source], out: Tensor, lse: Tensor, scale: float, how: How | None = None
+) -> None:
     """Writes out, in its dtype, and lse, in float32, of all rows."""
     how = how or How()
     at_once = how.programs * multiprocessors(q.device)

@@ -140,7 +140,7 @@ class Launches:
         self._kept: dict[Hashable, Recording] = {}
 
     def run(self, given: Sequence[Tensor], numbers: Hashable, record: Callable[[Recording], None]) -> None:
-        """Launches with the tensors ``given`` what ``record`` launches, which depends on these and ``numbers`` alone."""
+        """Launches with the tensors ``given`` what ``record`` does, which depends on their kinds and on ``numbers``."""
         key = numbers, kinds(given)
         if recorded := self._kept.get(key):
             recorded.replay(given)

@@ -96,7 +96,7 @@ def _record_update(pages: int, head_rows: int, fresh: int, block: int, recording
 
 
 def choose_pages(by: Choosing, q: Tensor, high: Tensor, low: Tensor, own: Tensor, selectable: Tensor) -> Tensor:
-    (rows, _, dim), (pages, kv_heads) = q.shape, high.shape[:2]
+    rows, (pages, kv_heads) = len(q), high.shape[:2]
     q = q if q.stride(2) == 1 else q.contiguous()
     scores = torch.empty((kv_heads, rows, pages), dtype=torch.float32, device=q.device)
     found = torch.empty((kv_heads, rows, by.most), dtype=torch.int32, device=q.device)

@@ -26,7 +26,9 @@ def test_chosen_chunks_are_pages_with_masks(rows: int, pieces: int, engine: str)
     may = random.random((chunks * pieces, rows)) < 0.9
     sequence, last = np.array([0, 0, 1]), np.array([2 * rows * pieces + 5, 5 * rows * pieces, 8 * rows * pieces - 1])
     chosen = np.stack([random.permuted(np.arange(-2, chunks - 1)).clip(-1)[:6] for _ in range(6)]).reshape(2, 3, 6)
-    there = [torch.from_numpy(x).to(DEVICE) for x in (chosen.astype(np.int32), sequence, last, page, first, packed(may))]
+    there = [
+        torch.from_numpy(x).to(DEVICE) for x in (chosen.astype(np.int32), sequence, last, page, first, packed(may))
+    ]
     pages, masks = make(*there[:3], Where(*there[3:], pieces, rows))
     assert pages.dtype == masks.dtype == torch.int32 and masks.is_contiguous()
     words = masks.cpu().numpy().view(np.uint8)

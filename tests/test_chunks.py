@@ -141,10 +141,11 @@ def test_a_token_is_visited_once(name: str, page_kernels: types.ModuleType) -> N
     words = np.zeros((ladder.pages, ladder.words), np.uint32)
     packed = np.packbits(exists.reshape(ladder.pages, -1), axis=-1, bitorder="little")
     words.view(np.uint8)[:, : packed.shape[1]] = packed
-    inputs = (chosen.astype(np.int32), position.astype(np.int32), words.view(np.int32))
-    pages, masks = (
-        x.cpu().numpy() for x in page_kernels.summary_pages(*(torch.from_numpy(x).to(DEVICE) for x in inputs), ladder)
-    )
+    first = np.arange(len(position), dtype=np.int32) * 100
+    inputs = (chosen.astype(np.int32), position.astype(np.int32), words.view(np.int32), first)
+    *some, begins = (torch.from_numpy(x).to(DEVICE) for x in inputs)
+    pages, masks = (x.cpu().numpy() for x in page_kernels.summary_pages(*some, ladder, begins))
+    pages = np.where(pages >= 0, pages - first[:, None], -1)
     assert pages.shape == (*chosen.shape[:3], ladder.most)
     assert masks.shape == (*pages.shape, 1, ladder.words)
     for index in np.ndindex(pages.shape[:3]):
