@@ -88,7 +88,7 @@ class Step:
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
         self._groups: dict[AttentionSpec, _Group] = {}
         self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
-        self._choices: dict[int, Tensor] = {}
+        self._chosen: dict[int, tuple[AnyTable | None, AnyTable]] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
 
     def home(self, row: int) -> int:
@@ -166,7 +166,7 @@ class Step:
 
         everyone: queries, and what is pooled, of all new rows.
         """
-        cache, plan, levels = self.cache, group.plan, self.cache.levels[layer]
+        cache, levels = self.cache, self.cache.levels[layer]
         assert levels is not None
         chosen: list[Tensor] = []
         for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
@@ -174,24 +174,32 @@ class Step:
             levels.pool(slot, start, rows[1], rows[2], extras)
             if group.asking and choice_of is None:
                 chosen.append(levels.choose(slot, group.asking[number], rows[0], extras, scale))
-        sources: list[Source] = []
-        choice = self._choices.get(choice_of) if choice_of is not None else None
+        of_summaries: AnyTable | None = group.summaries
+        of_tokens: AnyTable | None = None
         if chosen:
-            choice = self._choices[layer] = torch.cat(chosen, dim=1)
-        if plan is not None and plan.spec.summaries:
+            choice = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+            self._chosen[layer] = self._tables_of(group, choice)
+        source = layer if choice_of is None else choice_of
+        if source in self._chosen:
+            of_summaries, of_tokens = self._chosen[source]
+        sources: list[Source] = []
+        if of_summaries is not None:
             assert isinstance(levels, CachedLevels)
-            table: AnyTable | None = group.summaries
-            if table is None:
-                assert choice is not None and group.choosing is not None and group.buffers is not None
-                table = plan.summary_table(choice, group.choosing, group.buffers)
-            sources.append(Source(levels.k, levels.v, table, levels.bias))
-        if plan is not None and choice is not None:
-            assert group.choosing is not None
-            sub_pages, first_of = self._sub_pages(plan.sub_page)
-            own = cache.k[layer].shape[0] // plan.sub_page
-            table = plan.chosen_table(choice, group.choosing, sub_pages, first_of, own)
-            sources.append(Source(cache.k[layer], cache.v[layer], table))
+            sources.append(Source(levels.k, levels.v, of_summaries, levels.bias))
+        if of_tokens is not None:
+            sources.append(Source(cache.k[layer], cache.v[layer], of_tokens))
         return sources
+
+    def _tables_of(self, group: _Group, choice: Tensor) -> tuple[AnyTable | None, AnyTable]:
+        """What is visited of summaries, and of tokens, where this was chosen: int32 [tables, tiles, n]. The same in all
+        layers that choose it, whose pages lie alike."""
+        plan, tiles = group.plan, group.choosing
+        assert plan is not None and tiles is not None
+        summaries: AnyTable | None = group.summaries
+        if group.buffers is not None:
+            summaries = plan.summary_table(choice, tiles, group.buffers)
+        own = self.cache.tables.blocks * self.cache.block_k // plan.sub_page
+        return summaries, plan.chosen_table(choice, tiles, *self._sub_pages(plan.sub_page), own)
 
     def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
         """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""

@@ -38,7 +38,7 @@ PROGRAM_SIZE = tl.constexpr(PROGRAM)
 # Fewer pages than this a program are not worth a partial result.
 _SHORTEST = 2
 # Partial results that are merged at a time.
-_TOGETHER = 32
+_TOGETHER = 128
 _LAUNCHES = Launches()
 
 
@@ -354,12 +354,12 @@ def _record(recording: Recording, sources: Sequence[Source], splits: Sequence[Sp
         )  # fmt: skip
         bases.append(bases[-1] + work.results)
         places.append(here)
-    most = max(work.most for work in splits)
+    together = min(_TOGETHER, triton.next_power_of_2(max(work.most for work in splits)))
     more = 3 - len(sources)
     heads = [work.heads for work in splits] + [1] * more
     recording.launch(
         _merge, tuple(lse.now.shape), out, lse, slot_out, slot_lse, *places, *places[:1] * more,
         *(bases[1:3] if len(sources) > 1 else (0, 0)), *out.now.stride()[:2], *lse.now.stride()[:2],
         SOURCES=len(sources), HEADS_0=heads[0], HEADS_1=heads[1], HEADS_2=heads[2], V_DIM=v_dim, V_DIM_2=v_dim_2,
-        TOGETHER=min(_TOGETHER, triton.next_power_of_2(most)), num_warps=4 if most > 4 else 1,
+        TOGETHER=together, num_warps=min(max(together // 16, 1), 8),
     )  # fmt: skip

@@ -105,9 +105,8 @@ def test_launches_are_recorded_by_kinds_and_numbers_and_the_oldest_forgotten() -
     def run(number: int, *given: Tensor) -> None:
         def record(recording: Recording) -> None:
             recorded.append(number)
-            recording.launch(
-                kernel, (number,), *recording.parts, number, fixed, fixed, recording.temporary(2), 1, HEADS=2, num_warps=4
-            )  # fmt: skip
+            made = recording.temporary(2)
+            recording.launch(kernel, (number,), *recording.parts, number, fixed, fixed, made, 1, HEADS=2, num_warps=4)
 
         launches.run(given, number, record)
 
