@@ -33,13 +33,25 @@ class TrainConfig(JobConfig):
     """conf/job/train.yaml."""
 
     steps: int = MISSING
+    until: int | None = MISSING
     learning_rate: float = MISSING
     warmup: int = MISSING
     weight_decay: float = MISSING
     clip: float | None = MISSING
+    batch: int = MISSING
     accumulate: int = MISSING
+    data_ranks: int = MISSING
+    documents: bool = MISSING
+    curriculum: str = MISSING
+    choice_weight: float = MISSING
+    compile: bool = MISSING
+    validate_every: int | None = MISSING
+    validate_windows: int = MISSING
+    log_every: int = MISSING
+    tensorboard: bool = MISSING
     save_every: int = MISSING
     resume: str | None = MISSING
+    export: str | None = MISSING
 
 
 @dataclass
@@ -58,6 +70,20 @@ class GenerateConfig(JobConfig):
     keep_heaviest: int | None = MISSING
     keep_window: int | None = MISSING
     checkpoint: str | None = MISSING
+
+
+@dataclass
+class NeedleConfig(JobConfig):
+    """conf/job/needle.yaml."""
+
+    checkpoint: str | None = MISSING
+    tasks: list[str] = MISSING
+    lengths: list[int] = MISSING
+    depths: int | None = MISSING
+    samples: int = MISSING
+    attention: list[str] = MISSING
+    fidelity_rows: int = MISSING
+    picture: bool = MISSING
 
 
 @dataclass
@@ -109,7 +135,11 @@ class ModelConfig:
     dtype: str = MISSING
     slice_rows: int = MISSING
     dense_layers: list[int] = field(default_factory=list)
+    window_layers: list[int] = field(default_factory=list)
+    window: int = MISSING
     select_from: int | None = None
+    unrotated_layers: list[int] = field(default_factory=list)
+    grow_from: int | None = None
 
 
 @dataclass
@@ -119,6 +149,7 @@ class DataConfig:
     path: str | None = MISSING
     suffix: str | None = MISSING
     offset: int = MISSING
+    held_out: float | None = None
 
 
 @dataclass
@@ -198,6 +229,7 @@ def register() -> None:
         "prefill": PrefillConfig,
         "train": TrainConfig,
         "generate": GenerateConfig,
+        "needle": NeedleConfig,
         "verify": VerifyConfig,
         "plan": PlanConfig,
         "custom": CustomJobConfig,

@@ -99,8 +99,8 @@ class Pattern(ABC):
         """
         return None
 
-    def row_breaks(self, length: int) -> Ints | None:
-        """The ascending positions < length at which `row_interval` may change, where these are few, else None."""
+    def row_breaks(self, start: int, stop: int) -> Ints | None:
+        """The ascending positions start < i < stop where `row_interval` may change, if these are few, else None."""
         return None
 
     def key_columns(self, length: int) -> Ints | None:
@@ -205,7 +205,7 @@ class Dense(IntervalPattern):
         q = np.asarray(q, np.int64)
         return np.zeros_like(q), np.full_like(q, UNBOUNDED)
 
-    def row_breaks(self, length: int) -> Ints:
+    def row_breaks(self, start: int, stop: int) -> Ints:
         return np.zeros(0, np.int64)
 
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
@@ -242,8 +242,8 @@ class And(Pattern):
             return None
         return np.maximum(a[0], b[0]), np.minimum(a[1], b[1])
 
-    def row_breaks(self, length: int) -> Ints | None:
-        a, b = self.left.row_breaks(length), self.right.row_breaks(length)
+    def row_breaks(self, start: int, stop: int) -> Ints | None:
+        a, b = self.left.row_breaks(start, stop), self.right.row_breaks(start, stop)
         return None if a is None or b is None else np.union1d(a, b)
 
     @property

@@ -12,7 +12,7 @@ from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.heads import HeadsPlan
 from distattn.plan import Plan
-from distattn.selection import choose, summary_table
+from distattn.selection import choose, scorers_of, summary_table
 from distattn.summaries import buffer_of, make_summaries, pool_own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -137,7 +137,7 @@ def select(
     with torch.no_grad():
         levels = make_summaries(pool_own(k, v, plan, extras), plan, extras)
         scale = plan.head_dim**-0.5 if scale is None else scale
-        return Selection(plan, choose(q, k, levels, plan, extras, scale))
+        return Selection(plan, choose(scorers_of(q, plan), k, levels, plan, extras, scale))
 
 
 def _run(
@@ -181,15 +181,28 @@ def _hierarchical(
     if not torch.compiler.is_compiling():
         operators.agree(plan, q.shape[0], q.dtype)
     pooled = pool_own(k, v, plan, extras)
-    with operators.begun(plan, pooled, q, k, v, scale, more=spec.merge == "softmax"):
+    chooses = spec.select is not None and selection is None
+    with operators.Begun(plan) as begun:
+        if spec.select is None:
+            begun.start(q, k, v)
+            begun.bring(pooled)
+            begun.attend(q, k, v, scale, more=spec.merge == "softmax")
+        else:  # the choice comes first: other ranks wait for it
+            begun.bring(pooled)
+        scorers = scorers_of(q, plan) if chooses else None  # meanwhile
+        if spec.select is not None:
+            begun.start(q, k, v)
         levels = make_summaries(pooled, plan, extras)
         summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
         table: tuple[Tensor, ...] = ()
         chosen: Tensor | None = None
         if spec.select is not None:
             if selection is None:
-                selection = Selection(plan, choose(q, k, levels, plan, extras, scale))
+                assert scorers is not None
+                selection = Selection(plan, choose(scorers, k, levels, plan, extras, scale))
+            del scorers  # many rows
             chosen = selection.chunks
+            begun.ask(chosen)
             if levels and spec.merge == "softmax":
                 with torch.no_grad():
                     table = summary_table(chosen, plan)

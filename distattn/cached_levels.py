@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
@@ -25,13 +26,14 @@ from distattn.kernels.chosen_pages import Where, chosen_pages
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means, store_rows
 from distattn.kernels.selected import SelectedTable
+from distattn.kernels.table import TileTable
 from distattn.layout import make_layout
 from distattn.levels import Level, OnDevices, packed
-from distattn.paged import Placed, Tiles, joined, place
-from distattn.spans import Bools, Ints
+from distattn.paged import Tiles, moved
+from distattn.spans import Ints
 from distattn.spec import AttentionSpec
 from distattn.summaries import pool_members
-from distattn.tiles import visit
+from distattn.tiles import Extents, assemble, visit
 
 FEW = 16
 """Up to so many new tokens of a sequence are attended one by one; more are tiles."""
@@ -114,6 +116,13 @@ class LevelPlan(OnDevices):
         return len(self.pools) > len(self.hierarchy.levels)
 
     @cached_property
+    def chooses_all_of_chunks(self) -> bool:
+        """Whether all tokens of a chosen chunk are visited: it is none that a query is in, nor has it global keys."""
+        select, hierarchy = self.spec.select, self.hierarchy
+        size = hierarchy.chunk_size[:-1]  # the last one of the longest sequence no later query chooses
+        return select is not None and "own" not in select.always and bool(((size == 0) | (size == select.chunk)).all())
+
+    @cached_property
     def sub_page(self) -> int:
         """Rows of the pages as which chosen chunks are visited."""
         return math.gcd(self.hierarchy.chunk, self.sizes.block_k)
@@ -139,24 +148,26 @@ class LevelPlan(OnDevices):
         chunk = self.hierarchy.chunk
         return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
-    def visited(self, tiles: Tiles, slot: Ints) -> Placed:
+    def visited_table(self, tiles: Tiles, slot: Ints) -> TileTable:
         """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
 
         slot: int64 [sequences], whose buffer each has.
         """
-        hierarchy, pages = self.hierarchy, self.rows // self.sizes.block_k
+        hierarchy, block, (rank, ranks) = self.hierarchy, self.sizes.block_k, self.sizes.share
+        pages = self.rows // block
+        every = np.arange(self.sizes.sequences * pages)
+        mine = every[every % pages % ranks == rank]
+        extents, until = Extents.of(mine, mine), np.full(len(tiles), len(every))
         queries = Axis(self.sizes.max_len, tiles.block, first=tiles.first)
         parts = []
         for number, level in enumerate(hierarchy.levels):
             places = level.stop - 1 if self.spec.merge == "gate" else level.start
-            keys = Axis(self.sizes.max_len, self.sizes.block_k, gathered=places, skip=places[level.size == 0])
-            first = level.first_row // self.sizes.block_k
-
-            def where(tile: Ints, page: Ints, first: int = first) -> tuple[Ints, Ints]:
-                return (first + page) % self.sizes.share[1], slot[tiles.sequence[tile]] * pages + first + page
-
-            parts.append(place(visit(hierarchy.visible(number), queries, keys), where))
-        return joined(parts)
+            keys = Axis(self.sizes.max_len, block, gathered=places, skip=places[level.size == 0])
+            visits = visit(hierarchy.visible(number), queries, keys)
+            at = slot[tiles.sequence] * pages + level.first_row // block
+            parts.append((moved(visits, at, until), extents))
+        blocks = tiles.block, block
+        return assemble([parts], (0,) * self.sizes.heads, len(tiles), blocks, len(every), 0)
 
     def asking(self, start: int, first: Ints) -> Asking:
         """What a sequence's tiles choose by. start: its first new position. first: int64 [tiles], of the tiles."""
@@ -172,11 +183,13 @@ class LevelPlan(OnDevices):
         own, ends = (x.astype(np.int32) for x in (position // chunk, until))
         return Asking(start, number, number - start // chunk, own, ends)
 
-    def blind(self, tiles: Tiles) -> Bools:
-        """bool [tiles * block]: rows of global tokens, which attend to tokens alone."""
+    def blind(self, tiles: Tiles) -> Ints:
+        """int64: rows of the tiles that are global tokens, which attend to tokens alone."""
         window = self.spec.window if self.spec.merge == "softmax" else None
-        at = (tiles.first[:, None] + np.arange(tiles.block)).ravel()
-        return np.isin(at, window.global_tokens if window else ())
+        positions = np.unique(np.asarray(window.global_tokens if window else (), np.int64))
+        first, stop = (np.searchsorted(positions, at) for at in (tiles.first, tiles.first + tiles.block))
+        tile, which = np.repeat(np.arange(len(tiles)), stop - first), sp.concat_ranges(first, stop - first)
+        return tile * tiles.block + positions[which] - tiles.first[tile]
 
     def chosen_table(
         self, chosen: Tensor, tiles: Tiles, sub_pages: Tensor, first: Tensor, own_pages: int
@@ -191,7 +204,8 @@ class LevelPlan(OnDevices):
         hierarchy, rows, device = self.hierarchy, self.sub_page, chosen.device
         where = Where(sub_pages, first, self.on(device, "piece_bits"), hierarchy.chunk // rows, rows)
         pages, masks = chosen_pages(chosen, tiles.on(device, "sequence"), tiles.on(device, "first"), where)
-        return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, pages, masks)
+        needed = None if self.chooses_all_of_chunks else masks
+        return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, pages, needed)
 
     @property
     def row_bits(self) -> NDArray[np.int32]:
@@ -295,26 +309,34 @@ class CachedLevels:
         size, step = level.members, level.stride if tokens else level.members
         begin, stop = (max((n - size) // step + 1, 0) for n in (first, first + len(k)))
         if stop > begin:
-            kept = torch.arange(min(begin * step, first), first, device=k.device)
-            rows = [torch.cat((ring[slot, kept % size], x)) for ring, x in zip(rings, (k, v), strict=True)]
-            which = torch.arange(begin * step - first + len(kept), stop * step - first + len(kept), step)[:, None]
-            which = (which + torch.arange(size)).to(k.device)
-            dtype = accumulator_dtype(k.dtype)
-            members = np.arange(begin, stop)[:, None] * step + np.arange(size)
-            counts = (~plan.hierarchy.left_out_rows if tokens else plan.pools[number - 1].size)[members]
-            sizes = torch.from_numpy(counts).to(k.device, dtype).unsqueeze(0)
+            # Members from the first one of the first new summary on.
+            rows = [_behind(ring[slot], first, first - begin * step, x) for ring, x in zip(rings, (k, v), strict=True)]
             pool = extras.pool[number] if number < len(extras.pool) and not apart else None
-            parts = [(x[which].to(dtype) * (sizes > 0)[0, ..., None, None]).unsqueeze(0) for x in rows]
-            pooled = pool_members(parts[0], parts[1], sizes, pool)
+            among = slice(begin * step, (stop - 1) * step + size)
+            if tokens and step == size and pool is None:
+                left_out = None
+                if len(plan.hierarchy.left_out):
+                    left_out = plan.hierarchy.on(k.device, "left_out_rows")[among]
+                some = [x[None, : (stop - begin) * size] for x in rows]
+                pooled = [chunk_means(x, size, left_out)[0] for x in (some[:1] if apart else some)]
+            else:
+                dtype = accumulator_dtype(k.dtype)
+                level_below, name = (plan.hierarchy, "left_out_rows") if tokens else (plan.pools[number - 1], "size")
+                counts = level_below.on(k.device, name)[among].unfold(0, size, step)
+                sizes = (~counts if tokens else counts).to(dtype).unsqueeze(0)
+                wide = [x.unfold(0, size, step)[: stop - begin].movedim(-1, 1).to(dtype) for x in rows]
+                there = (sizes > 0)[..., None, None]
+                pooled = [*pool_members(wide[0] * there, wide[1] * there, sizes, pool)]
             if apart:
                 self._means[slot, begin:stop] = pooled[0][0]
             else:
-                self._write(number, slot, begin, stop, *pooled, extras)
+                self._write(number, slot, begin, stop, pooled[0], pooled[1], extras)
                 if number + 1 < len(plan.hierarchy.levels):
                     self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
         count = min(len(k), size)
-        at = _places_in_ring(slot, size, first + len(k) - count, count, k.device)
-        store_rows([ring.flatten(0, 1) for ring in rings], at, [x[len(x) - count :] for x in (k, v)])
+        at = (first + len(k) - count) % size
+        places = level.on(k.device, "ring")[at : at + count]
+        store_rows([ring[slot] for ring in rings], places, [x[len(x) - count :] for x in (k, v)])
 
     def _write(
         self, number: int, slot: int, begin: int, stop: int, keys: Tensor, values: Tensor, extras: AttentionExtras
@@ -337,7 +359,7 @@ class CachedLevels:
         """[n, heads, head_dim]: the mean queries of the chunk before that of ``start``, and of those from there on."""
         chunk = self.plan.hierarchy.chunk
         kept = start % chunk
-        rows = torch.cat((self._queries[slot, :kept], q))
+        rows = torch.cat((self._queries[slot, :kept], q)) if kept else q
         means, _ = chunk_means(rows.unsqueeze(0), chunk)
         found = torch.cat((self._before[slot].unsqueeze(0), means[0]))
         whole = len(rows) // chunk
@@ -346,7 +368,9 @@ class CachedLevels:
         return found
 
 
-@lru_cache(maxsize=256)
-def _places_in_ring(slot: int, size: int, first: int, count: int, device: torch.device) -> Tensor:
-    """int64 [count]: rows of the rings of a level for its members from ``first`` on. Kept for the layers of a step."""
-    return torch.from_numpy(slot * size + (first + np.arange(count)) % size).to(device)
+def _behind(ring: Tensor, first: int, count: int, x: Tensor) -> Tensor:
+    """The ``count`` members before member ``first``, and then x. A ring has member n at n modulo its size."""
+    if count == 0:
+        return x
+    at = (first - count) % len(ring)
+    return torch.cat((ring[at : at + count], ring[: max(at + count - len(ring), 0)], x))

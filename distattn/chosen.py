@@ -1,12 +1,12 @@
 """Chunks that were chosen by the data: what ranks ask of each other, in which rounds it comes, and what tiles visit.
 
-Each chunk comes once a rank, and only to the ranks and heads that chose it. A rank's own chunks need no journey and
-are attended while others are on theirs. These come in one round; but where some rank wants more than half of what the
-others have, in a round for each other rank, so that two guest buffers of one owner's chunks are enough. (A ring that
-passes whole shards on would send no less: from its owner a chunk comes to those alone who chose it.)
+Each chunk comes once a rank, and only to the ranks and heads that chose it. These come in one round; but where some
+rank wants more than half of what the others have, in a round for each other rank, so that two guest buffers of one
+owner's chunks are enough. (A ring that passes whole shards on would send no less: from its owner a chunk comes to those
+alone who chose it.) A rank's own chunks need no journey and are attended together with those of the first round.
 
-Ranks ask with a byte for each chunk and head of the other. The host learns only how many come and go; which, and where
-they lie, stays on the device.
+Ranks ask with a byte for each chunk and head of the other, as soon as they have chosen, and beside what is computed
+then. The host learns only how many come and go; which, and where they lie, stays on the device.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distattn.aside import after_aside, aside
 from distattn.exchange import Exchange, Pending
 from distattn.hierarchy import Hierarchy
-from distattn.kernels.attention import Pages
-from distattn.kernels.rows import add_chunks, take_chunks
 from distattn.kernels.selected import SelectedTable
 from distattn.plan import Plan
 
 # Of what other ranks have: if one wants more than this, chunks come in several rounds.
 _MUCH = 0.5
+# Bytes of the numbers in what a rank says to another.
+_NUMBERS = 16
 
 
 class Asked(NamedTuple):
@@ -45,6 +46,70 @@ class Asked(NamedTuple):
     def nothing(device: torch.device) -> Asked:
         """Of a rank that is alone."""
         return Asked(torch.zeros(3, dtype=torch.int64), torch.zeros((0, 0), dtype=torch.uint8, device=device))
+
+
+class Asks:
+    """Ranks tell each other which chunks they want; all of them do, together.
+
+    What a rank says to another: int64 [2], of how many chunks it asks all, and of how many this one; and a byte for
+    each head and chunk of this one's, 1 or 0.
+
+    Args:
+        chosen: int32 [batch, tables, tiles, n]: chunks of each tile, ascending, then -1; alike in the rows of the batch
+            as far as ``Selection`` says.
+    """
+
+    def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor) -> None:
+        assert plan.hierarchy is not None
+        self._exchange, self._rank, self._world, self._device = exchange, plan.rank, plan.world_size, chosen.device
+        if self._world == 1:
+            return
+        wanted, edges = wanted_by_owner(chosen, plan), plan.hierarchy.pairs_of_owner
+        before = torch.cat((wanted.new_zeros(1, dtype=torch.int64), wanted.cumsum(0)))
+        self._mine = before[plan.hierarchy.on(chosen.device, "pairs_of_owner")].diff()
+        numbers = torch.stack((before[-1].expand(self._world), self._mine), dim=1).view(torch.uint8)
+        bits = wanted.view(torch.uint8)
+        others = [peer for peer in range(self._world) if peer != self._rank]
+        said = [part for peer in others for part in (numbers[peer], bits[edges[peer] : edges[peer + 1]])]
+        sizes = {peer: _NUMBERS + int(edges[peer + 1] - edges[peer]) for peer in others}
+        heard = _NUMBERS + int(edges[self._rank + 1] - edges[self._rank])
+        self._heard = bits.new_empty((len(others), heard))
+        self._said = torch.cat(said)  # held until the current stream has waited
+        self._told: Pending = exchange.send(
+            "ask for chunks", "selected", self._said, sizes, self._heard.flatten(), dict.fromkeys(others, heard)
+        )
+        self._known: torch.cuda.Event | None = None
+        self._read = torch.empty(self._world + 2 * len(others), dtype=torch.int64, pin_memory=chosen.is_cuda)
+        if chosen.is_cuda:
+            with aside(chosen.device):  # waits in place of what is computed now
+                self._listen()
+                self._known = torch.cuda.Event()
+                self._known.record()
+
+    def wait(self) -> Asked:
+        """Returns when the host knows the numbers. On a GPU it waits for the choice and for the other ranks, and not
+        for what was launched since."""
+        if self._world == 1:
+            return Asked.nothing(self._device)
+        if self._known is None:
+            self._listen()
+        else:
+            self._known.synchronize()
+            self._exchange.check()  # else they may be any numbers
+            after_aside(self._device)
+        read = self._read.tolist()
+        mine, said = read[: self._world], read[self._world :]
+        asked_of_me = said[1::2]
+        asked_of_me.insert(self._rank, 0)
+        most = max(sum(mine), *said[::2])
+        return Asked(torch.tensor([*mine, *asked_of_me, most]), self._heard[:, _NUMBERS:].contiguous())
+
+    def _listen(self) -> None:
+        """Copies to the host how many chunks this rank asks of each, and the numbers that each other one says."""
+        self._read[: self._world].copy_(self._mine, non_blocking=True)
+        self._told.wait()
+        # Of one other rank they are in one piece: then no kernel has to wait for room beside those that compute.
+        self._read[self._world :].copy_(self._heard[:, :_NUMBERS].flatten().view(torch.int64), non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,56 +131,33 @@ class ChosenChunks:
     """What the tiles of one rank chose in one call.
 
     Args:
-        chosen: int32 [batch, tables, tiles, n]: chunks of each tile, ascending, then -1; alike in the rows of the batch
-            as far as ``Selection`` says.
-        asked: of the forward pass, in a backward pass; None: ranks tell each other what they want. Then all of them
-            come here together, and wait for the device.
+        chosen: see :class:`Asks`.
 
     Attributes:
         asked: for the way back.
-        rounds: in which they come from other ranks. Tables count the rank's own chunks as number 0, these from 1.
+        rounds: in which they come from other ranks; one at least, in which nothing comes to a rank that is alone.
     """
 
-    def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor, asked: Asked | None) -> None:
+    def __init__(self, plan: Plan, chosen: Tensor, asked: Asked) -> None:
         assert plan.hierarchy is not None
-        self._plan, self._exchange, self._chosen = plan, exchange, chosen
-        self._hierarchy: Hierarchy = plan.hierarchy
-        self.asked = self._ask() if asked is None else asked
+        self._plan, self._chosen, self.asked = plan, chosen, asked
+        self.hierarchy: Hierarchy = plan.hierarchy
         self.rounds = tuple(self._made_rounds())
 
-    def guest_numel(self, number: int, of: Pages) -> tuple[int, int]:
-        """Elements of the guest buffers of K and of V in a round, from 1, for such own K and V."""
-        chunks, batch = sum(self.rounds[number - 1].take_from.values()), of.k.shape[0]
-        return tuple(chunks * batch * self._hierarchy.chunk * x.shape[3] for x in of)  # type: ignore[return-value]
-
-    def guests(self, buffers: tuple[Tensor, Tensor], of: Pages) -> Pages:
-        """Flat buffers of K and of V (or of their gradients) as guests, for such own K and V.
-
-        A buffer holds [chunks, batch, chunk, dim]. All heads see all pages, of which each visits its own.
-        """
-        batch, _, heads, _ = of.k.shape
-        chunk = self._hierarchy.chunk
-        found = []
-        for x, y in zip(buffers, of, strict=True):
-            dim = y.shape[3]
-            rows = max(x.numel() // (chunk * dim) - batch + 1, 0) * chunk  # of one of the batch, to its last page
-            found.append(x.as_strided((batch, rows, heads, dim), (chunk * dim, dim, 0, 1)))
-        return Pages(*found)
-
     def tables(self, number: int) -> list[SelectedTable]:
-        """What tiles visit in a round, of own pages (0) or of guests (from 1): one table a row of the batch."""
-        hierarchy, chosen, plan = self._hierarchy, self._chosen, self._plan
+        """What tiles visit in a round: of guests, and in the first one of own pages, too. One table a row of the batch.
+
+        A chunk is a page, and guests lie as ``Rounds`` says.
+        """
+        hierarchy, chosen, plan = self.hierarchy, self._chosen, self._plan
         chunk, (batch, tables, tiles, _) = hierarchy.chunk, chosen.shape
-        own_pages = -(-plan.tokens // chunk)
-        guest_pages = 0
-        if number == 0:
-            place = hierarchy.on(chosen.device, "own_page").expand(plan.kv_heads, -1)
-        else:
-            take = self.rounds[number - 1].take
-            guest_pages = max(batch * (len(take) - 1) + 1, 0)
-            place = chosen.new_full((plan.kv_heads * hierarchy.chunks,), -1, dtype=torch.int64)
+        own_pages, take = -(-plan.tokens // chunk), self.rounds[number].take
+        own = hierarchy.on(chosen.device, "own_page").repeat(plan.kv_heads)
+        place = own if number == 0 else torch.full_like(own, -1)
+        if len(take):
             place[take] = own_pages + batch * torch.arange(len(take), device=chosen.device)
-            place = place.view(plan.kv_heads, -1)
+        place = place.view(plan.kv_heads, -1)
+        guest_pages = max(batch * (len(take) - 1) + 1, 0)
         head = torch.arange(tables, device=chosen.device) // (tables // plan.kv_heads)
         pages = place[head[None, :, None, None], chosen.clamp_min(0).long()]
         pages = torch.where(chosen < 0, -1, pages).int()
@@ -123,80 +165,12 @@ class ChosenChunks:
         masks = self._masks
         return [SelectedTable(*blocks, pages[b], None if masks is None else masks[b]) for b in range(batch)]
 
-    def bring(self, number: int, own: Pages, buffers: tuple[Tensor, Tensor], again: str = "") -> list[Pending]:
-        """Starts to bring what comes in a round, from 1, into flat buffers of K and of V.
-
-        again: names it otherwise in a backward pass.
-        """
-        some, chunk = self.rounds[number - 1], self._hierarchy.chunk
-        page, head = self._own_places(some.give)
-        pending = []
-        for what, x, into in zip(("keys", "values"), own, buffers, strict=True):
-            taken = take_chunks(x, page, head, chunk)
-            pending.append(self._send(f"bring chosen {what}{again}", taken, some.give_to, some.take_from, into))
-        return pending
-
-    def take_home(self, number: int, d_guests: tuple[Tensor, Tensor], d_own: Pages) -> list[Pending]:
-        """Starts to send the gradients of a round's guests, flat, to the owners, who add them to ``d_own``."""
-        some, chunk = self.rounds[number - 1], self._hierarchy.chunk
-        page, head = self._own_places(some.give)
-        pending = []
-        for what, x, total in zip(("keys", "values"), d_guests, d_own, strict=True):
-            came = x.new_empty((len(page), total.shape[0], chunk, total.shape[3]))
-
-            def add(_: dict[int, Tensor], came: Tensor = came, total: Tensor = total) -> None:
-                first = 0
-                # Rank by rank: no chunk comes twice from one, and the order is always the same.
-                for count in some.give_to.values():
-                    mine = slice(first, first + count)
-                    add_chunks(total, page[mine], head[mine], came[mine])
-                    first += count
-
-            pages = x.view(-1, total.shape[0], chunk, total.shape[3])
-            pending.append(
-                self._send(
-                    f"return gradients of chosen {what}", pages, some.take_from, some.give_to, came.flatten(), add
-                )
-            )
-        return pending
-
-    def _send(self, way, chunks, sends, comes, into, deliver=lambda got: None) -> Pending:  # type: ignore[no-untyped-def]
-        """Sends chunks by peer; ``sends`` and ``comes`` say how many."""
-        one = chunks[0].numel() if len(chunks) else into.numel() // max(sum(comes.values()), 1)
-        parts = (
-            {peer: x.flatten() for peer, x in zip(sends, chunks.split([*sends.values()]), strict=True)} if sends else {}
-        )
-        sizes = {peer: count * one for peer, count in comes.items()}
-        return self._exchange.send(way, "selected", parts, sizes, into[: sum(sizes.values())], deliver)
-
-    def _ask(self) -> Asked:
-        hierarchy, plan, device = self._hierarchy, self._plan, self._chosen.device
-        world, rank = plan.world_size, plan.rank
-        if world == 1:
-            return Asked.nothing(device)
-        wanted = wanted_chunks(self._chosen, hierarchy).flatten()[hierarchy.on(device, "pairs_by_owner")]
-        edges = hierarchy.pairs_of_owner
-        wanted[edges[rank] : edges[rank + 1]] = False
-        total = wanted.sum()
-        header = total.view(1).view(torch.uint8)
-        bits = wanted.view(torch.uint8)
-        others = [peer for peer in range(world) if peer != rank]
-        sends = {peer: torch.cat((header, bits[edges[peer] : edges[peer + 1]])) for peer in others}
-        size = len(header) + int(edges[rank + 1] - edges[rank])
-        came = bits.new_empty((world - 1, size))
-        self._exchange.send("ask for chunks", "selected", sends, dict.fromkeys(others, size), came.flatten()).wait()
-        given = came[:, len(header) :].contiguous()
-        totals = came[:, : len(header)].reshape(-1).clone().view(torch.int64)
-        most = torch.cat((total.view(1), totals)).max()
-        before = torch.cat((total.new_zeros(1), wanted.cumsum(0)))[hierarchy.on(device, "pairs_of_owner")]
-        asked_of_me = given.sum(1, dtype=torch.int64)
-        mine = torch.cat((asked_of_me[:rank], total.new_zeros(1), asked_of_me[rank:]))
-        return Asked(torch.cat((before.diff(), mine, most.view(1))).cpu(), given)
-
     def _made_rounds(self) -> Iterator[Round]:
-        hierarchy, plan = self._hierarchy, self._plan
+        hierarchy, plan = self.hierarchy, self._plan
         world, rank, device = plan.world_size, plan.rank, self._chosen.device
         if world == 1:
+            nothing = torch.zeros(0, dtype=torch.int64, device=device)
+            yield Round(nothing, {}, nothing, {})
             return
         counts = self.asked.counts.tolist()
         take, give, most = counts[:world], counts[world : 2 * world], counts[-1]
@@ -208,31 +182,23 @@ class ChosenChunks:
             # In round s this rank receives from the one s before it, and sends to the one s after it.
             groups = [([owner], [asks]) for owner, asks in zip(others[::-1], others, strict=True)]
         pairs, edges = hierarchy.on(device, "pairs_by_owner"), hierarchy.pairs_of_owner
-        wanted = wanted_chunks(self._chosen, hierarchy).flatten()[pairs]
-        mine = slice(int(edges[rank]), int(edges[rank + 1]))
-        wanted[mine] = False
-        own_pairs = pairs[mine]
+        wanted = pairs[_true(wanted_by_owner(self._chosen, plan), sum(take))]
+        own_pairs = pairs[int(edges[rank]) : int(edges[rank + 1])]
         for owners, askers in groups:
-            first, stop = (0, len(wanted)) if len(owners) > 1 else edges[owners[0] : owners[0] + 2]
-            here = _true(wanted[first:stop], sum(take[r] for r in owners)) + first
+            first = sum(take[: owners[0]])
             rows = [asker - (asker > rank) for asker in askers]
             to = _true(self.asked.given[rows].flatten() > 0, sum(give[r] for r in askers))
             yield Round(
-                pairs[here],
+                wanted[first : first + sum(take[r] for r in owners)],
                 {r: take[r] for r in owners if take[r]},
                 own_pairs[to % max(len(own_pairs), 1)],
                 {r: give[r] for r in askers if give[r]},
             )
 
-    def _own_places(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """(own pages, heads) of some of this rank's chunks."""
-        chunks = self._hierarchy.chunks
-        return self._hierarchy.on(numbers.device, "own_page")[numbers % chunks], numbers // chunks
-
     @cached_property
     def _masks(self) -> Tensor | None:
         """Leaves out global keys, what is beyond the end, and of a token's own chunk what follows the token."""
-        hierarchy, select, chosen = self._hierarchy, self._plan.spec.select, self._chosen
+        hierarchy, select, chosen = self.hierarchy, self._plan.spec.select, self._chosen
         assert select is not None
         own = hierarchy.causal and "own" in select.always
         if hierarchy.chooses_whole_chunks and not own:
@@ -247,6 +213,16 @@ class ChosenChunks:
             is_own = chosen == (position // chunk)[:, None]
             masks = torch.where(is_own.unsqueeze(-1), masks & causal[:, None], masks)
         return masks.unsqueeze(-2).contiguous()
+
+
+def wanted_by_owner(chosen: Tensor, plan: Plan) -> Tensor:
+    """bool [kv_heads * chunks], in the order of ``Hierarchy.pairs_by_owner``: what is wanted of other ranks."""
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
+    wanted = wanted_chunks(chosen, hierarchy).flatten()[hierarchy.on(chosen.device, "pairs_by_owner")]
+    edges = hierarchy.pairs_of_owner
+    wanted[edges[plan.rank] : edges[plan.rank + 1]] = False
+    return wanted
 
 
 def wanted_chunks(chosen: Tensor, hierarchy: Hierarchy) -> Tensor:

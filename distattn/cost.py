@@ -106,12 +106,10 @@ class Timeline:
         self._copies += seconds
         self._host += np.where(moved > 0, launches * self.machine.host["launch"], 0.0)
 
-    def start(
-        self, kind: str, nbytes: Floats, distance: int | None = None, abroad: float = 1.0, messages: int = 1
-    ) -> Floats:
+    def start(self, kind: str, nbytes: Floats, distance: int | None = None, abroad: float = 1.0) -> Floats:
         """Starts exchanges when all who take part are there; when they are done on each rank.
 
-        nbytes: that a rank sends, or receives if that is more, in so many messages one after the other.
+        nbytes: that a rank sends, or receives if that is more.
         distance: between the ranks of a pair.
         abroad: share of the bytes that goes between nodes, where there are several.
         """
@@ -122,12 +120,12 @@ class Timeline:
             begin = np.where(nbytes > 0, np.maximum(begin, peers), begin)
         else:
             begin = self._latest(begin)
-        seconds = messages * self.machine.travels(kind, nbytes / messages, self.group, abroad)
+        seconds = self.machine.travels(kind, nbytes, self.group, abroad)
         if kind != "neighbours":
             seconds = self._latest(seconds)
         self.line = begin + seconds
         self._exchange += seconds
-        self._host += messages * self.machine.host["exchange"]
+        self._host += self.machine.host["exchange"]
         return self.line
 
     def _latest(self, seconds: Floats) -> Floats:
@@ -145,11 +143,6 @@ class Timeline:
         late = np.maximum(done - self.now, 0.0)
         self._exposed += late
         self.now = self.now + late
-
-    def rest(self, seconds: float) -> None:
-        """The device waits for the host."""
-        self._exposed += seconds
-        self.now = self.now + seconds
 
     def mark(self) -> tuple[Floats, ...]:
         """Where it stands, for :meth:`go_on`."""

@@ -10,7 +10,7 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,10 +43,15 @@ class Corpus:
     """Files laid end to end as one sequence of bytes; use `open_corpus` to make one.
 
     Empty files have no byte in the sequence and are not listed, so no two files begin at the same position.
+
+    Attributes:
+        source: what it is, for people. files: in their order.
+        text: all bytes, if they were read already; see `in_memory`.
     """
 
     source: str
     files: tuple[TextFile, ...]
+    text: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -86,11 +91,22 @@ class Corpus:
             ConfigError: a file has changed or gone since the corpus was opened, or while it was read.
         """
         self._check_range(start, stop)
+        if self.text is not None:
+            return self.text[start:stop].copy()
         out = np.empty(stop - start, dtype=np.uint8)
         for index, first, last in self._pieces(start, stop):
             file, begin = self.files[index], int(self.starts[index])
             out[first - start : last - start] = _read(file, first - begin, last - begin)
         return out
+
+    def in_memory(self, most: int) -> "Corpus":
+        """The same corpus with all of its bytes read, or itself if these are more than ``most``: for whoever reads here
+        and there again and again, since opening files is slow on some machines.
+
+        Raises:
+            ConfigError: as `read`.
+        """
+        return self if len(self) > most else replace(self, text=self.read(0, len(self)))
 
     def read_segments(self, segments: Iterable[tuple[int, int]], offset: int = 0) -> NDArray[np.uint8]:
         """The tokens of a shard.

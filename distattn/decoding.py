@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,17 +21,18 @@ from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
 from distattn.kernels.decode import Source, decode_attention
-from distattn.kernels.rows import gate, merge, store_rows
-from distattn.kernels.selected import AnyTable
+from distattn.kernels.rows import gate, store_rows
+from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
-from distattn.paged import Tiles, place, table_of, wanted
+from distattn.kernels.uploads import upload
+from distattn.paged import Line, Tiles
 from distattn.patterns import Causal
 from distattn.policies import HeaviestPages, page_logs
 from distattn.presets import dense
 from distattn.routes import Part, Routes
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
-from distattn.tiles import visit
+from distattn.tiles import assemble, visit
 
 if TYPE_CHECKING:
     from distattn.cache import Cache
@@ -48,8 +49,8 @@ class _Group:
     plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
     sequence.
     table: of tokens. summaries: of summaries, where these follow from positions alone; else buffers: int32 [tiles that
-    choose], the page with which the summaries of their sequence begin. blind: bool, rows of this rank's
-    query tiles that attend to tokens alone; None if there is none.
+    choose], the page with which the summaries of their sequence begin. blind: int64, rows of this rank's query tiles
+    that attend to tokens alone; None if there is none.
     """
 
     plan: LevelPlan | None
@@ -86,10 +87,10 @@ class Step:
         said = repr((list(counts.items()), start.tolist())).encode()
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
-        self._groups: dict[AttentionSpec, _Group] = {}
         self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
         self._chosen: dict[int, tuple[AnyTable | None, AnyTable]] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
+        self._groups = {spec: self._group(spec) for spec in dict.fromkeys(cache.specs)}
 
     def home(self, row: int) -> int:
         """The rank that computes a row."""
@@ -131,8 +132,6 @@ class Step:
         scale = cache.head_dim**-0.5 if scale is None else scale
         spec, extras = cache.specs[layer], extras or AttentionExtras()
         self._check(q, k, v, spec, extras)
-        if spec not in self._groups:
-            self._groups[spec] = self._group(spec)
         group = self._groups[spec]
         plain = k if extras.pool_keys is None else extras.pool_keys
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
@@ -144,14 +143,14 @@ class Step:
         if everyone is not None:
             sources += self._beside_tokens(layer, group, everyone, extras, scale, choice_of)
         gated = spec.merge == "gate"
-        dtype = q.dtype if group.routes.stays_here else accumulator_dtype(q.dtype)
         softmaxes = [[source] for source in sources] if gated else [sources]
+        dtype = q.dtype if group.routes.stays_here else accumulator_dtype(q.dtype)
         parts = [attend_tiles(asks, some, scale, dtype, group.blind) for some in softmaxes]
-        merged = group.routes.come_back(parts, q.shape[1])
+        merged = [out.to(q.dtype).unsqueeze(0) for out, _ in group.routes.come_back(parts, q.shape[1])]
         if not gated:
-            return merged[0][0].to(q.dtype).unsqueeze(0)
+            return merged[0]
         assert extras.gates is not None  # it was checked
-        return gate([out.to(q.dtype).unsqueeze(0) for out, _ in merged], extras.gates)
+        return gate(merged, extras.gates)
 
     def _beside_tokens(
         self,
@@ -203,7 +202,7 @@ class Step:
 
     def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
         """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
-        cache, (first, owner, block) = self.cache, self._pages
+        cache, (first, owner, block) = self.cache, self._line
         patterns = [causal(pattern) for pattern in cache.specs[layer].tokens.by_head(cache.heads)]
         for number, stop in enumerate(self.count.cumsum().tolist()):
             rows = np.arange(stop - min(int(self.count[number]), observed), stop)
@@ -282,12 +281,11 @@ class Step:
             raise ConfigError(why)
 
     @cached_property
-    def _pages(self) -> tuple[Ints, Ints, Ints]:
-        """(first int64 [sequences + 1], owner, block) of the pages of all sequences, one after the other."""
+    def _line(self) -> Line:
         found = [self.cache.tables.pages(sequence) for sequence in self.counts]
         first = np.cumsum([0, *(len(owner) for owner, _ in found)])
         owner, block = (np.concatenate(x).astype(np.int64) for x in zip(*found, strict=True))
-        return first, owner, block
+        return Line(first, owner, block)
 
     @cached_property
     def _slots(self) -> Ints:
@@ -297,12 +295,12 @@ class Step:
     def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
         if rows not in self._small:
-            first, owner, block = self._pages
+            first, owner, block = self._line
             pieces = self.cache.block_k // rows
-            at = np.where(owner == self.cache.rank, block, -1)[:, None] * pieces + np.arange(pieces)
+            at = block[:, None] * pieces + np.arange(pieces)
             at[owner != self.cache.rank] = -1
-            arrays = at.ravel(), first * pieces
-            self._small[rows] = tuple(torch.from_numpy(x).to(self.cache.device) for x in arrays)  # type: ignore[assignment]
+            pages, begin = upload([at.ravel(), first * pieces], self.cache.device)
+            self._small[rows] = pages, begin
         return self._small[rows]
 
     def _group(self, spec: AttentionSpec) -> _Group:
@@ -313,33 +311,26 @@ class Step:
             plan = cache.retrieval if few else None
         rows, unit = (1 if few else _BLOCK_Q, 1) if plan is None else plan.tile(few, _BLOCK_Q)
         tiles = Tiles.of(self.start, self.count, rows, unit)
-        first, owner, block = self._pages
-
-        def where(tile: Ints, page: Ints) -> tuple[Ints, Ints]:
-            sequence = tiles.sequence[tile]
-            at = first[sequence] + page
-            there = at < first[sequence + 1]  # rows behind the new ones of a sequence may ask for more
-            at = np.where(there, at, 0)
-            return np.where(there, owner[at], -1), block[at]
-
         tokens = spec.tokens if plan is None else plan.spec.tokens
         patterns = [causal(pattern) for pattern in tokens.by_head(cache.heads)]
         distinct = list(dict.fromkeys(patterns))
         length = int((self.start + self.count).max())
         axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, cache.block_k)
-        placed = [place(visit(pattern, *axes), where) for pattern in distinct]
+        visits = [self._line.moved(visit(pattern, *axes), tiles) for pattern in distinct]
         head_table = tuple(distinct.index(pattern) for pattern in patterns)
-        asked = wanted(placed, len(tiles), cache.world_size) | everywhere
+        asked = np.full((len(tiles), cache.world_size), everywhere)
+        if not everywhere:
+            asked |= np.logical_or.reduce([self._line.asked(one, cache.world_size) for one in visits])
         routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, everywhere, cache.device)
-        blocks, kept = (tiles.block, cache.block_k), asked[:, cache.rank]
-        table = table_of(placed, cache.rank, kept, head_table, blocks, cache.tables.blocks)
+        blocks, kept = (tiles.block, cache.block_k), np.flatnonzero(asked[:, cache.rank])
+        extents = self._line.of_rank(cache.rank)
+        parts = [[(one.rows(kept), extents)] for one in visits]
+        table = assemble(parts, head_table, len(kept), blocks, cache.tables.blocks, 0)
         if plan is None:
             return _Group(None, tiles, routes, table)
         summaries = None
         if spec.summaries and (spec.select is None or spec.merge == "gate"):
-            visited = plan.visited(tiles, self._slots)
-            pages = cache.sequences * plan.rows // cache.block_k
-            summaries = table_of([visited], cache.rank, kept, (0,) * cache.heads, blocks, pages)
+            summaries = plan.visited_table(tiles, self._slots)
         asking: tuple[Asking, ...] = ()
         choosing = buffers = None
         if plan.spec.select is not None:
@@ -349,9 +340,9 @@ class Step:
         if plan.spec.summaries and summaries is None:
             assert choosing is not None
             begins = self._slots[choosing.sequence] * plan.hierarchy.ladder.pages
-            buffers = torch.from_numpy(begins.astype(np.int32)).to(cache.device)
-        blind = torch.from_numpy(plan.blind(tiles))
-        on_device = blind.to(cache.device) if bool(blind.any()) else None
+            (buffers,) = upload([begins.astype(np.int32)], cache.device)
+        blind = plan.blind(tiles)
+        on_device = upload([blind], cache.device)[0] if len(blind) else None
         return _Group(plan, tiles, routes, table, choosing, asking, summaries, buffers, on_device)
 
 
@@ -365,26 +356,36 @@ def attend_tiles(
 ) -> Part:
     """(out [rows, heads, value_dim] in a dtype, lse [rows, heads]) of query tiles: one softmax over all sources.
 
-    q: [rows, heads, head_dim]. blind: bool [rows], those that attend to the first source alone.
+    q: [rows, heads, head_dim]. sources: all of tiles of one query, or none. blind: int64, rows that attend to the first
+    source alone.
     """
-    if sources[0].table.block_q == 1 and blind is None:
-        return decode_attention(q, sources, scale=scale, dtype=dtype)
-    parts = [_attend_source(q, source, scale) for source in sources]
-    if blind is not None:
-        for out, lse in parts[1:]:
-            out[blind], lse[blind] = 0.0, -torch.inf
-    out, lse = reduce(lambda a, b: merge(*a, *b), parts)
+    first, *more = sources
+    if first.table.block_q == 1:
+        part = decode_attention(q, sources, scale=scale, dtype=dtype)
+        if more and blind is not None:
+            alone = decode_attention(q, [first], scale=scale, dtype=dtype)
+            part[0][blind], part[1][blind] = alone[0][blind], alone[1][blind]
+        return part
+    wide = accumulator_dtype(q.dtype)
+    out = q.new_empty((q.shape[0], q.shape[1], first.v.shape[2]), dtype=wide if more else dtype)
+    lse = q.new_empty(out.shape[:2], dtype=wide)
+    if isinstance(first.table, SelectedTable) or first.table.has_empty_rows:  # rows that visit nothing are left alone
+        out.zero_()
+        lse.fill_(-torch.inf)
+    _attend_pages(q, first, out, lse, scale, goes_on=False)
+    before = None if blind is None else (out[blind], lse[blind])
+    for source in more:
+        _attend_pages(q, source, out, lse, scale, goes_on=True)
+    if before is not None:
+        out[blind], lse[blind] = before
     return out.to(dtype), lse
 
 
-def _attend_source(q: Tensor, source: Source, scale: float) -> Part:
+def _attend_pages(q: Tensor, source: Source, out: Tensor, lse: Tensor, scale: float, *, goes_on: bool) -> None:
+    """Writes out and lse of query tiles; where it goes on, under one softmax with what these are."""
     k, v, table, bias = source
-    if table.block_q == 1:
-        return decode_attention(q, [source], scale=scale)
-    dtype = accumulator_dtype(q.dtype)
-    out = q.new_zeros((1, q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
-    lse = q.new_full(out.shape[:3], -torch.inf, dtype=dtype)
     own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
     biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
-    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale, bias=biases)
-    return out[0], lse[0]
+    outs, lses = out.unsqueeze(0), lse.unsqueeze(0)
+    before = outs if goes_on else None
+    attention_forward(q.unsqueeze(0), own, nothing, table, outs, lses, scale=scale, before=before, bias=biases)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.kernels.rows import pack_rows, rows_in_place, split_rows, unpack_rows
-from distattn.messages import Message, Transfer
+from distattn.messages import Message, Parcel, Transfer
 from distattn.watch import Stage, Watch, watch_of
 
 # PyTorch 2.13 renamed it, and warns of the old name.
@@ -92,6 +92,11 @@ class Exchange:
         self.world_size = 1 if self.group is None else self.group.size()
         self.counter = counter
 
+    def check(self) -> None:
+        """Raises PeerLost, StepTimeout or PlanMismatch if an exchange is known to have failed on a GPU."""
+        if self.watch is not None and self.watch.verdict is not None:
+            raise self.watch.verdict
+
     def bring(self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Pending:
         """Starts to bring rows of all ranks' ``sources`` into this rank's ``targets``.
 
@@ -108,14 +113,19 @@ class Exchange:
             if message.peer == self.rank:
                 # A message to itself: both sides are here.
                 unpack_rows(targets, _mine(transfer.receives, self.rank).places, pack_rows(sources, message.places))
-        sends = _by_peer(transfer.sends, self.rank, lambda m: _flat(sources, m))
-        sizes = _sizes(transfer.receives, self.rank, targets)
-        into = _in_place(targets, [m for m in transfer.receives if m.peer != self.rank])
-        if into is not None:
-            return self.send(f"bring {what}", transfer.kind, sends, sizes, into)
+        goes, comes = (transfer.parcel(which, self.rank) for which in ("sends", "receives"))
+        into = _in_place(targets, comes)
+        here = into is not None
+        if into is None:
+            into = targets[0].new_empty(sum(comes.rows.values()) * _width(targets))
+
+        def deliver(flat: Tensor) -> None:
+            for places, part in zip(comes.places, flat.split([p.size(targets) for p in comes.places]), strict=True):
+                unpack_rows(targets, places, part)
+
         return self.send(
-            f"bring {what}", transfer.kind, sends, sizes, targets[0].new_empty(sum(sizes.values())),
-            lambda got: self._place(transfer, targets, got),
+            f"bring {what}", transfer.kind, _flat(sources, goes), _sizes(goes, sources), into, _sizes(comes, targets),
+            None if here else deliver,
         )  # fmt: skip
 
     def take_home(
@@ -133,28 +143,29 @@ class Exchange:
             receive: called once for each message that this rank had sent (in the order of peers), with that message and
                 the returned rows of each tensor, [batch, rows, heads, dim], which it may not write to.
         """
-        outgoing = transfer.receives
-        incoming = transfer.returns
-        mine = [m for m in outgoing if m.peer == self.rank]
-        sends = _by_peer(outgoing, self.rank, lambda m: _flat(guests, m))
-        sizes = _sizes(incoming, self.rank, guests)
+        goes, comes = (transfer.parcel(which, self.rank) for which in ("receives", "returns"))
+        sizes = _sizes(comes, guests)
 
-        def deliver(got: dict[int, Tensor]) -> None:
-            for message in incoming:
+        def deliver(flat: Tensor) -> None:
+            first = 0
+            for message in transfer.returns:
+                size = message.places.size(guests)
                 if message.peer == self.rank:
-                    flat = _joined([_flat(guests, m) for m in mine])
+                    mine = Parcel.of(m for m in transfer.receives if m.peer == self.rank)
+                    part = _flat(guests, mine)
                 else:
-                    size = message.count * len(message.kv_heads) * _width(guests)
-                    flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
-                receive(message, split_rows(guests, message.places, flat))
+                    part = flat[first : first + size]
+                    first += size
+                receive(message, split_rows(guests, message.places, part))
 
         kind = "all_to_all" if transfer.kind == "all_gather" else transfer.kind
-        return self.send(f"return {what}", kind, sends, sizes, guests[0].new_empty(sum(sizes.values())), deliver)
+        into = guests[0].new_empty(sum(sizes.values()))
+        return self.send(f"return {what}", kind, _flat(guests, goes), _sizes(goes, guests), into, sizes, deliver)
 
     def _all_gather(
         self, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
     ) -> Pending:
-        mine = _flat(sources, transfer.sends[0])
+        mine = _flat(sources, transfer.parcel("sends"))
         if self.group is None:
             unpack_rows(targets, _mine(transfer.receives, self.rank).places, mine)
             return Pending()
@@ -164,30 +175,26 @@ class Exchange:
         if mine.numel() < size:
             padded = mine.new_zeros(size)
             padded[: mine.numel()] = mine
-
-        def place(got: dict[int, Tensor]) -> None:
-            for message in transfer.receives:
-                unpack_rows(targets, message.places, got[message.peer][: message.count * per_row])
-
-        if not mine.is_cuda:
-            sizes = dict.fromkeys([peer for peer in range(self.world_size) if peer != self.rank], size)
-            into, to_all = mine.new_empty(size * len(sizes)), dict.fromkeys(sizes, padded)
-            return self.send(
-                f"bring {what}", "all_gather", to_all, sizes, into, lambda x: place({**x, self.rank: mine})
-            )
         every: Tensor | None = None
         if all(m.count == transfer.chunk for m in transfer.receives) and len(transfer.receives) == self.world_size:
-            every = _in_place(targets, transfer.receives)
+            every = _in_place(targets, transfer.parcel("receives"))
         into = mine.new_empty(self.world_size * size) if every is None else every
         stage = self._begin(f"bring {what}", "all_gather", mine)
-        with stage:
-            work = _all_gather_single(into, padded, group=self.group, async_op=True)
+        if mine.is_cuda:
+            with stage:
+                works = [_all_gather_single(into, padded, group=self.group, async_op=True)]
+        else:
+            got = dict(enumerate(into.split(size)))
+            got.pop(self.rank).copy_(padded)
+            works = _start_pairs(stage, self.group, dict.fromkeys(got, padded), got)
         self.counter.add("all_gather", padded.nbytes * (self.world_size - 1))
 
         def finish() -> None:
-            stage.wait([work])
+            stage.wait(works)
             if every is None:
-                place(dict(enumerate(into.view(self.world_size, -1))))
+                rows = into.view(self.world_size, -1)
+                for message in transfer.receives:
+                    unpack_rows(targets, message.places, rows[message.peer][: message.count * per_row])
 
         return Pending(finish)
 
@@ -199,53 +206,46 @@ class Exchange:
         self,
         way: str,
         kind: str,
-        sends: dict[int, Tensor],
+        flat: Tensor,
         sizes: dict[int, int],
         into: Tensor,
-        deliver: Callable[[dict[int, Tensor]], None] = lambda got: None,
+        come: dict[int, int],
+        deliver: Callable[[Tensor], None] | None = None,
     ) -> Pending:
-        """Starts to send flat tensors to peers and to receive ``sizes`` elements from each. All ranks take part.
+        """Starts to send parts of a flat tensor to peers, and to receive parts of another. All ranks take part.
 
         On CPUs it is pair by pair: there messages carry a tag made of all exchanges so far, so that ranks that differ
         in these wait in vain, and never take what was meant for something else. NCCL makes the same of one call.
 
         Args:
             way: what it is for, as errors name it, such as "bring keys". kind: under which the bytes are counted.
-            sizes: by peer, ascending.
-            into: flat, where what comes lies, in the order of peers.
-            deliver: gets what came, by peer.
+            flat: one part after the other. sizes: elements of each, by peer, ascending.
+            into: where what comes lies. come: elements of each part, as of ``flat``.
+            deliver: gets ``into`` once all is there.
         """
         if self.group is None:
-            return Pending(lambda: deliver({}))
+            return Pending(None if deliver is None else lambda: deliver(into))
         stage = self._begin(way, kind, into)
-        self.counter.add(kind, sum(x.nbytes for x in sends.values()))
-        got = dict(zip(sizes, into.split([*sizes.values()]), strict=True)) if sizes else {}
+        self.counter.add(kind, flat.nbytes)
         if not into.is_cuda:
-            works = _start_pairs(stage, self.group, sends, got)
-            keep = list(sends.values())
+            sends, receives = (
+                dict(zip(n, x.split([*n.values()]), strict=True)) if n else {} for n, x in ((sizes, flat), (come, into))
+            )
+            works = _start_pairs(stage, self.group, sends, receives)
         else:
-            parts = [sends[peer] for peer in sorted(sends)]
-            flat = into.new_empty(0) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
-            out_sizes = [sizes.get(peer, 0) for peer in range(self.world_size)]
-            in_sizes = [_numel(sends.get(peer)) for peer in range(self.world_size)]
+            ranks = range(self.world_size)
+            in_sizes, out_sizes = ([n.get(peer, 0) for peer in ranks] for n in (sizes, come))
             with stage:
                 works = [dist.all_to_all_single(into, flat, out_sizes, in_sizes, group=self.group, async_op=True)]
-            keep = [flat]
+        keep = [flat]
 
         def finish() -> None:
             stage.wait(works)
             keep.clear()
-            deliver(got)
+            if deliver is not None:
+                deliver(into)
 
         return Pending(finish)
-
-    def _place(self, transfer: Transfer, targets: Sequence[Tensor], got: dict[int, Tensor]) -> None:
-        for message in transfer.receives:
-            if message.peer == self.rank:
-                continue
-            size = message.count * len(message.kv_heads) * _width(targets)
-            flat, got[message.peer] = got[message.peer].split([size, got[message.peer].numel() - size])
-            unpack_rows(targets, message.places, flat)
 
 
 def _start_pairs(
@@ -261,15 +261,21 @@ def _start_pairs(
         return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _flat(tensors: Sequence[Tensor], message: Message) -> Tensor:
-    """What a message has of tensors, flat: a view where that lies in one piece."""
-    view = rows_in_place(tensors[0], [message.places]) if len(tensors) == 1 else None
-    return pack_rows(tensors, message.places) if view is None else view
+def _flat(tensors: Sequence[Tensor], parcel: Parcel) -> Tensor:
+    """Packed: a view where it lies in one piece."""
+    view = _in_place(tensors, parcel)
+    if view is not None:
+        return view
+    parts = [pack_rows(tensors, places) for places in parcel.places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _in_place(tensors: Sequence[Tensor], messages: Sequence[Message]) -> Tensor | None:
-    """A flat view of where messages, one after the other, belong; None where that is not in one piece."""
-    return rows_in_place(tensors[0], [m.places for m in messages]) if len(tensors) == 1 else None
+def _in_place(tensors: Sequence[Tensor], parcel: Parcel) -> Tensor | None:
+    """A flat view of where a parcel's rows belong; None where that is not in one piece."""
+    if not parcel.places:
+        return tensors[0].new_empty(0)
+    alone = len(tensors) == 1 and len(parcel.places) == 1
+    return rows_in_place(tensors[0], parcel.places[0]) if alone else None
 
 
 def _width(tensors: Sequence[Tensor]) -> int:
@@ -277,34 +283,14 @@ def _width(tensors: Sequence[Tensor]) -> int:
     return sum(x.shape[0] * x.shape[-1] for x in tensors)
 
 
-def _numel(x: Tensor | None) -> int:
-    return 0 if x is None else x.numel()
-
-
 def _mine(messages: Sequence[Message], rank: int) -> Message:
     return next(m for m in messages if m.peer == rank)
 
 
-def _by_peer(messages: Sequence[Message], rank: int, pack: Callable[[Message], Tensor]) -> dict[int, Tensor]:
-    parts: dict[int, list[Tensor]] = {}
-    for message in messages:
-        if message.peer != rank:
-            parts.setdefault(message.peer, []).append(pack(message))
-    return {peer: _joined(x) for peer, x in parts.items()}
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts])
-
-
-def _sizes(messages: Sequence[Message], rank: int, tensors: Sequence[Tensor]) -> dict[int, int]:
-    """Elements that come from each other rank; messages are sorted by peer."""
-    sizes: dict[int, int] = {}
-    for message in messages:
-        if message.peer != rank:
-            size = message.count * len(message.kv_heads) * _width(tensors)
-            sizes[message.peer] = sizes.get(message.peer, 0) + size
-    return sizes
+def _sizes(parcel: Parcel, tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Elements that go to each peer, or come from it."""
+    width = _width(tensors)
+    return {peer: rows * width for peer, rows in parcel.rows.items()}
 
 
 def resolve_group(group_name: str) -> dist.ProcessGroup:

@@ -66,11 +66,11 @@ class _Heads:
         self.out = heads * plan.value_dim
         self.mine = plan.layout.tokens().astype(np.float64)
         self.others = plan.inner.layout.tokens().repeat(self.ranks) - self.mine
-        # A collective sends one tensor, joined of those for each peer. What it receives lies where it belongs, unless a
-        # rank's own rows are in the middle.
+        # A collective sends one tensor, joined of those for each peer, which have other heads. What comes by rows lies
+        # where it belongs, and goes back from there, unless a rank's own rows are in the middle.
         self.joins = self.ranks > 2
         place = np.arange(plan.world_size) % self.ranks
-        self.unpacks = (0 < place) & (place < self.ranks - 1)
+        self.moves = (0 < place) & (place < self.ranks - 1)
         # Elements of a rank's own rows, with all heads.
         self.queries, self.results = self.mine * plan.heads * plan.head_dim, self.mine * plan.heads * plan.value_dim
         self.keys = self.mine * plan.kv_heads * (plan.head_dim + plan.value_dim)
@@ -97,16 +97,19 @@ class _Heads:
         for width in widths:
             row = width * self.size
             time.copy(2 * (self.ranks + 1) * self.mine * row, pack=True, launches=self.ranks + 1)
-            pending.append((self._start(time, (self.ranks - 1) * self.mine * row, self.others * row), row))
+            sent = (self.ranks - 1) * self.mine * row
+            time.copy(2 * self.joins * sent)
+            pending.append((self._start(time, sent, self.others * row), row))
         for done, row in pending:
             time.wait(done)
-            time.copy(2 * self.unpacks * self.others * row, pack=True, launches=self.ranks - 1)
+            time.copy(2 * self.moves * self.others * row, pack=True)
 
     def _take_home(self, time: Timeline, widths: list[int], keys: list[int]) -> None:
         """keys: of what is summed up, since several ranks may have the same key/value head."""
         pending = []
         for width in widths + keys:
             row = width * self.size
+            time.copy(2 * self.moves * self.others * row, pack=True)
             pending.append(self._start(time, self.others * row, (self.ranks - 1) * self.mine * row))
         for done in pending:
             time.wait(done)
@@ -118,7 +121,6 @@ class _Heads:
             time.copy(self.keys * (self.wide + self.size) * (self.wide != self.size), launches=len(keys))
 
     def _start(self, time: Timeline, sent: Floats, received: Floats) -> Floats:
-        time.copy(2 * self.joins * sent)
         near = time.machine.gpus_per_node
         abroad = max(1.0 - (near - 1) / (self.ranks - 1), 0.0)
         return time.start("all_to_all", np.maximum(sent, received), abroad=abroad)
@@ -147,10 +149,10 @@ class _Heads:
 
     def _hold_coming(self, ledger: Ledger, width: int) -> None:
         sent, received = (self.ranks - 1) * self.mine * width * self.size, self.others * width * self.size
-        ledger.hold(packed=(1 + self.joins) * sent + self.unpacks * received)
+        ledger.hold(packed=(1 + self.joins) * sent + self.moves * received)
         ledger.drop("packed")
 
     def _hold_going(self, ledger: Ledger, width: int) -> None:
         sent, received = self.others * width * self.size, (self.ranks - 1) * self.mine * width * self.size
-        ledger.hold(going=self.joins * sent + received)
+        ledger.hold(going=self.moves * sent + received)
         ledger.drop("going")

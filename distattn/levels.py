@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distattn.kernels.uploads import upload
 from distattn.spans import Bools, Ints
 
 
@@ -30,7 +31,7 @@ class OnDevices:
     def on(self, device: torch.device, name: str) -> torch.Tensor:
         """The array that is the attribute ``name``."""
         if (device, name) not in self._copies:
-            self._copies[device, name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).to(device)
+            (self._copies[device, name],) = upload([np.asarray(getattr(self, name))], device)
         return self._copies[device, name]
 
 
@@ -64,6 +65,11 @@ class Level(OnDevices):
     def centre(self) -> NDArray[np.float64]:
         """The mean of the first and the last position."""
         return np.asarray((self.start + self.stop - 1) / 2)
+
+    @property
+    def ring(self) -> Ints:
+        """int64 [2 * members]: the places of a ring of so many, twice around."""
+        return np.arange(2 * self.members) % self.members
 
     @property
     def log_size(self) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from distattn import spans as sp
 from distattn.axis import Axis
 from distattn.layout import Layout
 from distattn.outline import Outline, guest_pages, owned_pages
-from distattn.spans import Bools, Ints, Spans
+from distattn.spans import Ints, Spans
 
 Floats = NDArray[np.float64]
 # Numbers in a table of ranks by segments, above which a ring's stages are taken to be alike.
@@ -36,23 +36,12 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Routes:
-    """How pages travel; bool [ranks] each.
-
-    joins: a rank sends to several, whose pieces a collective wants in one tensor. joins_home: it takes from several.
-    """
-
-    joins: Bools
-    joins_home: Bools
-
-
-@dataclass(frozen=True)
 class Load:
     """One stage of all ranks.
 
     kind: of the transfer of pages, see ``messages.Transfer``. distance: from whom it comes in a ring, else None.
     sent, received: rows of one key/value head; float64 [ranks]. guest_rows: room for them, by key/value head.
-    routes: from whom to whom, and where rows lie.
+    joins: whether heads have other guests than one another: then what travels is packed piece by piece, and joined.
     shared: rows of gathered keys that a rank has, and all of them: these come first. alone, guests: query tiles that
         visit no page of another rank, and the others. resumes: whether it goes on from what earlier stages made.
     """
@@ -62,7 +51,7 @@ class Load:
     sent: Floats
     received: Floats
     guest_rows: Floats
-    routes: Routes
+    joins: bool
     shared: tuple[Floats, float]
     alone: Tiles
     guests: Tiles
@@ -110,8 +99,7 @@ class _View:
             begin = np.bincount(guests.start, minlength=pages + 1) - np.bincount(guests.stop, minlength=pages + 1)
             sent += len(heads) * self.block * np.bincount(self.page_owner, np.cumsum(begin)[:-1], self.world)
         gathered = -(-len(self.outline.sharing.keys) // self.block) * self.block
-        routes, few = self._routes()
-        kind = "neighbours" if few else "all_to_all"
+        kind = "neighbours" if self._talks_to_few() else "all_to_all"
         return [
             Load(
                 kind,
@@ -119,7 +107,7 @@ class _View:
                 sent / slices,
                 received / slices,
                 room + gathered,
-                routes,
+                len(self.groups) > 1 and slices < self.kv_heads,
                 (self.shared * self.kv_heads / slices, len(self.outline.sharing.keys) * self.kv_heads / slices),
                 of(~reaches),
                 of(reaches),
@@ -148,13 +136,12 @@ class _View:
         rows = np.minimum(tiles[:, None], visits)
         gathered, keys = self._gathered(), float(len(self.outline.sharing.keys))
         nothing = np.zeros(self.world)
-        none = np.zeros(self.world, np.bool_)
-        routes = Routes(none, none)
+        joins = len(self.groups) > 1
         empty = Tiles(nothing, nothing, nothing)
         here = Tiles(visits[:, 0] + gathered.visits, rows[:, 0], masked[:, 0] + gathered.masked)
         room = np.full(self.world, -(-keys // self.block) * self.block)
         shared = self.shared * self.kv_heads, keys * self.kv_heads
-        loads = [Load("neighbours", 0, nothing, nothing, room, routes, shared, here, empty, resumes=False)]
+        loads = [Load("neighbours", 0, nothing, nothing, room, joins, shared, here, empty, resumes=False)]
         rank = np.arange(self.world)
         for distance in range(1, visits.shape[1]):
             received = self.block * pages[:, distance]
@@ -163,7 +150,7 @@ class _View:
             step = received / self.kv_heads
             from_one = nothing, 0.0
             loads.append(
-                Load("neighbours", distance, sent, received, step, routes, from_one, empty, there, resumes=True)
+                Load("neighbours", distance, sent, received, step, joins, from_one, empty, there, resumes=True)
             )
         return loads if self._few else [loads[0], *[loads[1]] * (self.world - 1)]
 
@@ -232,21 +219,19 @@ class _View:
         each = np.arange(self.world)
         return np.asarray(found[each[:, None], (each[:, None] - each) % self.world])
 
-    def _routes(self) -> tuple[Routes, bool]:
-        """How pages travel between ranks, and whether nobody has guests of more than two others, nor gives to more."""
+    def _talks_to_few(self) -> bool:
+        """Whether nobody has guests of more than two others, nor gives to more."""
         start, stop = self.layout.start // self.block, -(-self.layout.stop // self.block)
         journeys = []
         for _, guests in self.groups:
             low = np.searchsorted(stop, guests.start, side="right")
             count = np.searchsorted(start, guests.stop, side="left") - low
             if count.sum() > _MOST:  # too many to look at
-                yes = np.ones(self.world, np.bool_)
-                return Routes(yes, yes), False
+                return False
             giver = self.layout.owner[sp.concat_ranges(low, count)]
             journeys.append(np.unique(np.repeat(guests.row_of(), count) * self.world + giver))
         taker, giver = np.divmod(np.unique(np.concatenate(journeys)), self.world)
-        gives, takes = (np.bincount(x, minlength=self.world) for x in (giver, taker))
-        return Routes(gives > 1, takes > 1), bool(max(gives.max(), takes.max()) <= 2)
+        return bool(max(np.bincount(x, minlength=1).max() for x in (taker, giver)) <= 2)
 
 
 def _floats(x: NDArray[Any]) -> Floats:

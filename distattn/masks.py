@@ -68,7 +68,8 @@ def _row_intervals(pattern: Pattern, queries: Axis, keys: Axis, row: Ints, page:
     begins, length = keys.starts(page)
     k0 = begins.astype(np.int32)
     width = np.minimum(keys.block, length - k0).astype(np.int32)
-    breaks = pattern.row_breaks(queries.length)
+    last = int(first.max(initial=0)) + queries.block
+    breaks = pattern.row_breaks(int(first.min(initial=last)), min(last, queries.length))
     if breaks is not None:
         return _by_runs(pattern, queries, keys, breaks, first, tile, k0, width)
     ends = _ends(pattern, (first[:, None] + np.arange(queries.block)).ravel(), keys)

@@ -2,7 +2,8 @@
 in the order in which they come and go, for all ranks at once. Nothing is run.
 
 Counted are inputs, results and what autograd keeps, as an allocator of a GPU counts them. Not counted are the tables of
-what is visited (a few megabytes), partial results of rows that kernels cut (see kernels/work.py), and rounding up.
+what is visited (a few megabytes), partial results of rows of these that kernels cut (see kernels/work.py), and rounding
+up.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from distattn.hierarchy import Hierarchy
+from distattn.kernels.work import longest_piece
 from distattn.loads import Floats, Load
-from distattn.spans import Bools
 from distattn.task import Task
 
 # Elements of scores that are in memory while chunks are chosen; see kernels/chunks_triton.py.
 _SCORES = 1 << 27
+# Multiprocessors of the GPU, an H100.
+_PROGRAMS = 132
 # Bytes for each entry of a table that is made on the device, while its items are made; see kernels/selected.py.
 _ENTRY = 56
 
@@ -72,30 +75,23 @@ class _Held:
             return
         shared, every = load.shared
         if every and not home:
-            self.gather(f"{name} shared", shared * row, every * row)
+            self.gather(f"{name} shared", shared * row)
         elif every:
-            self.exchange(f"{name} shared", 0.0, (every - shared) * row, shared * (self.world - 1) * row, True)
+            self.exchange(f"{name} shared", (every - shared) * row, shared * (self.world - 1) * row)
         if load.distance != 0:
-            routes = load.routes
             sent, come = (load.received, load.sent) if home else (load.sent, load.received)
-            self.exchange(name, sent * row, sent * row, come * row, routes.joins_home if home else routes.joins)
+            self.exchange(name, sent * row, come * row, load.joins)
 
-    def exchange(
-        self, name: str, packed: Floats | float, sent: Floats | float, received: Floats | float, joins: Bools | bool
-    ) -> None:
-        """What was packed, and room for what comes. joins: a collective sends one tensor, made of one for each peer."""
-        joined = np.asarray(sent * (np.asarray(joins) & self.on_gpu), np.float64)
-        self.ledger.hold(**{name: packed + received + joined})
-        self.ledger.hold(**{name: np.asarray(np.where(joined > 0, joined, packed) + received, np.float64)})
+    def exchange(self, name: str, packed: Floats | float, received: Floats | float, joins: bool = False) -> None:
+        """What was packed, and room for what comes. joins: it was packed piece by piece, and put together."""
+        self.ledger.hold(**{name: (1 + joins) * packed + received})
+        self.ledger.hold(**{name: packed + received})
 
-    def gather(self, name: str, mine: Floats | float, every: Floats | float) -> None:
+    def gather(self, name: str, mine: Floats | float) -> None:
         """The same of rows that go to all; they are padded to as many as the largest rank has."""
         padded = np.full(self.world, np.max(mine))
-        if self.on_gpu:
-            self.ledger.hold(**{name: mine + padded * (1 + self.world)})
-            self.ledger.hold(**{name: padded * (1 + self.world)})
-        else:
-            self.ledger.hold(**{name: mine + padded * self.world})
+        self.ledger.hold(**{name: mine + padded * (1 + self.world)})
+        self.ledger.hold(**{name: padded * (1 + self.world)})
 
     def arrived(self, name: str) -> None:
         self.ledger.drop(name, f"{name} shared")
@@ -104,12 +100,24 @@ class _Held:
 
     def forward(self) -> None:
         ledger, hierarchy = self.ledger, self.hierarchy
-        if hierarchy is not None and hierarchy.levels:
-            self._pooled(hierarchy)
-        self._pattern(more=self.far)
         if hierarchy is None:
+            self._start()
+            self._pattern(more=False)
             self._finish(more=False)
         else:
+            if hierarchy.levels:
+                self._pooled(hierarchy)
+            if hierarchy.spec.select is None:
+                self._start()
+                self._pattern(more=self.far)
+                self._summarized(hierarchy)
+            else:  # the choice comes first
+                self._scorers(hierarchy)
+                self._start()
+                self._summarized(hierarchy)
+                self._choice(hierarchy)
+                self._pattern(more=self.far)
+            ledger.drop("levels", "pooled")
             self._beside(hierarchy)
         ledger.keep("inputs", "out", "lse", "kept", "kept queries", "summaries", "chosen", "table", "parts", "here")
 
@@ -118,19 +126,21 @@ class _Held:
         self.ledger.hold(pooled=mine)
         if self.world > 1:
             self.ledger.hold(here=mine.sum())
-            self.gather("packed", mine, mine.sum())
+            self.gather("packed", mine)
 
-    def _pattern(self, more: bool) -> None:
+    def _start(self) -> None:
         task, ledger = self.task, self.ledger
-        resumes = self.task.resumes
         self.ledger.hold(**{f"slot {parity}": self.task.room(parity) * self.size for parity in range(2)})
         self.travel("stage 0", self.loads[0], self.dim * self.size)
         if self.queries:
             row = task.head_dim * self.size
             ledger.hold(**{"kept queries": self.queries * row})
             if self.world > 1:
-                self.gather("queries", self.queries * row / self.world, self.queries * row)
-        item = self.wide if more or resumes else self.size
+                self.gather("queries", self.queries * row / self.world)
+
+    def _pattern(self, more: bool) -> None:
+        ledger = self.ledger
+        item = self.wide if more or self.task.resumes else self.size
         ledger.hold(out=self.outputs * item, lse=self.rows * self.wide)
         for number in range(len(self.loads)):
             if number + 1 < len(self.loads):
@@ -149,17 +159,17 @@ class _Held:
             mine = part / self.world
             ledger.hold(part=part, total=mine)
             if self.world > 1:
-                self.exchange("home", part - mine, part - mine, part - mine, self.world > 2)
+                self.exchange("home", part - mine, part - mine)
             # The rank's own rows, packed, and what merging makes of them.
             ledger.hold(mine=2 * mine)
             ledger.drop("part", "total", "home", "mine")
-        if (more or self.task.resumes) and self.size != self.wide:
+        if self.task.resumes and not more and self.size != self.wide:
             ledger.hold(result=self.outputs * self.size)
             ledger.drop("result")
             ledger.hold(out=self.outputs * self.size)
 
-    def _beside(self, hierarchy: Hierarchy) -> None:
-        ledger, select = self.ledger, hierarchy.spec.select
+    def _summarized(self, hierarchy: Hierarchy) -> None:
+        ledger = self.ledger
         if hierarchy.levels:
             ledger.drop("packed")
             buffer = hierarchy.rows * self.task.kv_heads * float(self.dim)
@@ -168,17 +178,18 @@ class _Held:
             ledger.hold(here=self.task.summaries.sum() * self.wide, levels=levels * self.wide)
             ledger.hold(summaries=2 * buffer * self.size + 2 * bias)
             ledger.hold(summaries=buffer * self.size + bias)
-        if select is not None:
-            self._choice(hierarchy)
-        ledger.drop("levels", "pooled")
+
+    def _beside(self, hierarchy: Hierarchy) -> None:
+        ledger, select = self.ledger, hierarchy.spec.select
         if self.task.gate:
             self._finish(more=False)
             for number in range(int(bool(hierarchy.levels)) + (select is not None)):
                 ledger.hold(more=self.outputs * self.wide, **{"more lse": self.rows * self.wide})
+                ledger.hold(**{f"part {number}": self.outputs * self.size * (self.size != self.wide)})
                 if number or not hierarchy.levels:
                     self._chosen(hierarchy, backward=False)
-                ledger.hold(**{f"part {number}": self.outputs * self.size})
                 ledger.drop("more", "more lse")
+                ledger.hold(**{f"part {number}": self.outputs * self.size})
                 ledger.hold(**{f"part {number} lse": self.rows * self.wide})
             ledger.hold(gated=self.outputs * self.size)
             kept = [name for name in ledger._held if name.startswith("part ")] + ["gated"]
@@ -188,25 +199,33 @@ class _Held:
             return
         globals_ = float(len(hierarchy.spec.window.global_tokens) if hierarchy.spec.window else 0)
         ledger.hold(before=globals_ * self.task.heads * self.task.value_dim * self.wide / self.world)
+        ledger.hold(result=self.outputs * self.size * (self.size != self.wide))
         if select is not None:
             self._chosen(hierarchy, backward=False)
-        ledger.drop("before")
+        ledger.drop("before", "result")
+        ledger.hold(out=self.outputs * self.size)
         self._finish(more=True)
 
+    def _scorers(self, hierarchy: Hierarchy) -> None:
+        """Rows that score: queries, or their means, and these once more where each is the one before."""
+        if hierarchy.tile > 1:
+            means = self.task.tokens / hierarchy.tile * self.task.heads * self.task.head_dim * self.wide
+            self.ledger.hold(scorers=(1 + hierarchy.chooses_by_tile_before) * means)
+            self.ledger.hold(scorers=means)
+
     def _choice(self, hierarchy: Hierarchy) -> None:
-        """Rows that score, scores, what is chosen, and the table of summaries beside it."""
+        """Scores, what is chosen, and the table of summaries beside it."""
         by, select = hierarchy.choosing, hierarchy.spec.select
         assert select is not None
         tiles = self.task.tokens / hierarchy.tile
         tables = self.task.heads if select.heads == "q" else self.task.kv_heads
-        means = tiles * self.task.heads * self.task.head_dim * self.wide if hierarchy.tile > 1 else 0.0
         summed = tiles * self.task.kv_heads * self.task.head_dim * self.wide
         columns = hierarchy.levels[0].count if by.mass else hierarchy.chunks
         scorers = self.task.heads if by.mass else tables
         scores = np.minimum(float(_SCORES), scorers * tiles * columns) * 4
-        self.ledger.hold(choosing=2 * means + summed + scores)
+        self.ledger.hold(choosing=summed + scores)
         self.ledger.hold(chosen=tables * tiles * by.most * 4)
-        self.ledger.drop("choosing")
+        self.ledger.drop("choosing", "scorers")
         if hierarchy.levels and not self.task.gate:
             ladder = hierarchy.ladder
             self.ledger.hold(table=tables * tiles * ladder.most * 4 * (1 + ladder.words))
@@ -221,6 +240,11 @@ class _Held:
         work = tables * self.task.tokens / hierarchy.tile * max(ladder, by.most) * _ENTRY
         ledger.hold(named=entries * 12, work=work)
         ledger.drop("work")
+        if backward and self.on_gpu:
+            ledger.hold(parts=self._parts(tables, hierarchy.tile, by.most, hierarchy.chunk))
+            if ladder:
+                ledger.hold(parts=self._parts(tables, hierarchy.tile, ladder, hierarchy.page))
+            ledger.drop("parts")
         if self.world == 1:
             ledger.drop("named")
             return
@@ -237,17 +261,26 @@ class _Held:
         for number, (_, take, give, _) in enumerate(rounds):
             if not backward or again:
                 taken = give * page * self.size
-                self.exchange(f"round {number}", taken, taken, 0.0, len(rounds) == 1 and self.world > 2)
+                self.exchange(f"round {number}", taken, 0.0)
                 if number:
                     ledger.drop(f"round {number - 1}")
             if backward:
                 ledger.hold(**{f"d_guests {number}": take * row})
                 ledger.drop(f"d_guests {number - 2}", f"home {number - 1}")
-                self.exchange(f"home {number}", 0.0, take * row, give * row, len(rounds) == 1 and self.world > 2)
-        ledger.drop("named", *(f"round {number}" for number in range(len(rounds))))
+                self.exchange(f"home {number}", 0.0, give * row)
+        ledger.drop("named", "slots", *(f"round {number}" for number in range(len(rounds))))
         if not backward and not again:
             ledger.hold(**{"kept chosen": rounds[0].take * page * self.size})
-        ledger.drop("slots", *(f"{what} {n}" for n in range(len(rounds)) for what in ("d_guests", "home")))
+        ledger.drop(*(f"{what} {n}" for n in range(len(rounds)) for what in ("d_guests", "home")))
+
+    def _parts(self, tables: int, tile: int, most: int, page: int) -> Floats:
+        """Partial gradients of pages that so many tiles chose that they are cut; see kernels/selected.py."""
+        tiles = self.task.tokens / tile
+        entries = tiles * most
+        even = entries * self.task.heads / _PROGRAMS / (self.task.heads / self.task.kv_heads)
+        longest = np.maximum([longest_piece(float(x)) for x in even], tables * entries // _PROGRAMS)
+        cuts = np.where(tiles > longest, entries // np.maximum(longest, 1), 0.0)
+        return np.asarray(2 * tables * cuts * self.task.kv_heads * page * self.dim * 4, np.float64)
 
     # Backward.
 
@@ -291,13 +324,13 @@ class _Held:
         home = self.queries * self.task.head_dim * self.wide
         self.ledger.hold(rows=2 * self.rows * self.wide, gradients=self.queries * row)
         if self.world > 1:
-            self.gather("arriving", self.queries * row / self.world, self.queries * row)
+            self.gather("arriving", self.queries * row / self.world)
         self.ledger.drop("arriving")
         self.ledger.hold(**{"d_guests": home})
         self.ledger.drop("gradients", "rows")
         if self.world > 1:
             away = home * (1 - 1 / self.world)
-            self.exchange("home", away, away, away, self.world > 2)
+            self.exchange("home", away, away)
         else:
             self.ledger.hold(home=2 * home)
 

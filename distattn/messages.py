@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,6 +38,30 @@ class Message:
 
 
 @dataclass(frozen=True, eq=False)
+class Parcel:
+    """Messages to other ranks, or from them, as one flat tensor: one after the other, by peer.
+
+    places: what is packed, and unpacked, at a time: the rows of all messages, joined, or where heads differ of each.
+    rows: by peer, ascending: rows of one head.
+    """
+
+    places: tuple[Places, ...]
+    rows: dict[int, int]
+
+    @staticmethod
+    def of(messages: Iterable[Message]) -> Parcel:
+        """messages: sorted by peer."""
+        rows: dict[int, int] = {}
+        places = []
+        for message in messages:
+            rows[message.peer] = rows.get(message.peer, 0) + message.count * len(message.kv_heads)
+            places.append(message.places)
+        if len({part.heads for part in places}) == 1:
+            places = places if len(places) == 1 else [Places.joined(places)]
+        return Parcel(tuple(places), rows)
+
+
+@dataclass(frozen=True, eq=False)
 class Transfer:
     """Messages that travel together.
 
@@ -52,6 +77,16 @@ class Transfer:
     receives: tuple[Message, ...]
     returns: tuple[Message, ...]
     chunk: int = 0
+
+    def parcel(self, which: str, but: int | None = None) -> Parcel:
+        """What of "sends", "receives" or "returns" goes to all ranks but one, or comes from them. Kept."""
+        if (which, but) not in self._parcels:
+            self._parcels[which, but] = Parcel.of(m for m in getattr(self, which) if m.peer != but)
+        return self._parcels[which, but]
+
+    @cached_property
+    def _parcels(self) -> dict[tuple[str, int | None], Parcel]:
+        return {}
 
     def sent_bytes(self, row_bytes: int, rank: int, world_size: int) -> int:
         """Bytes that this rank sends to others, where a row of one key/value head has ``row_bytes``."""

@@ -51,9 +51,15 @@ class ModelConfig:
         slice_rows: rows that norms, projections, the MLP and the loss treat at a time.
         select_from: a layer whose choice of chunks all later layers take over (after GLM-5.2's shared index); None:
             each layer chooses for itself. Layers from it on have the same selection in their specs, or none.
+        unrotated_layers: layers without rotary positions: what they read far away looks the same at every distance
+            (Kazemnejad et al., "The impact of positional encoding on length generalization", 2023).
+        grow_from: queries of unrotated layers are multiplied by max(1, log(p + 1) / log(grow_from)), p their position:
+            the weight of one key among p then stays as p grows (Nakanishi, "Scalable-Softmax", 2025, equation 4, there
+            with a learned factor); None: they are not.
 
     Raises:
-        ConfigError: a size is below 1, kv_heads does not divide heads, head_dim is odd, or dtype is unknown.
+        ConfigError: a size is below 1, kv_heads does not divide heads, head_dim is odd, dtype is unknown, a layer is
+            none of the decoder's, or grow_from is below 2.
     """
 
     layers: int = 2
@@ -67,6 +73,8 @@ class ModelConfig:
     dtype: str = "float32"
     slice_rows: int = 1024
     select_from: int | None = None
+    unrotated_layers: Sequence[int] = ()
+    grow_from: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "vocab", "slice_rows"):
@@ -80,16 +88,21 @@ class ModelConfig:
             raise ConfigError(f"model.rope_theta is {self.rope_theta}; expected more than 0")
         if self.select_from is not None and not 0 <= self.select_from < self.layers:
             raise ConfigError(f"model.select_from is {self.select_from}; expected a layer from 0 to {self.layers - 1}")
+        for layer in self.unrotated_layers:
+            if not 0 <= layer < self.layers:
+                raise ConfigError(f"model.unrotated_layers has {layer}; expected a layer from 0 to {self.layers - 1}")
+        if self.grow_from is not None and self.grow_from < 2:
+            raise ConfigError(f"model.grow_from is {self.grow_from}; expected at least 2, or null")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 class Block(nn.Module):
-    """One layer, in the two row-wise halves on either side of attention."""
+    """One layer: attention, and the two row-wise halves on either side of it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rotated: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.rotated = config, rotated
         dtype = DTYPES[config.dtype]
         width, hidden, inner = config.width, config.hidden, config.heads * config.head_dim
         heads_out = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -100,16 +113,52 @@ class Block(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * hidden, width, dtype=dtype))
         self.down = nn.Parameter(torch.empty(width, hidden, dtype=dtype))
 
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        plan: Plan,
+        selection: Selection | None = None,
+        observe: Callable[..., None] | None = None,
+    ) -> tuple[Tensor, Selection | None]:
+        """This rank's rows after the layer, and what it chose.
+
+        Args:
+            x: [B, plan.tokens, width]; without gradients it is overwritten.
+            positions: int64 [1, plan.tokens].
+            selection: a choice to share; None: one is made where the plan has any.
+            observe: as that of :class:`Decoder`, without the layer.
+        """
+        pools = self.rotated and not plan.spec.is_static
+        rows = self.config.slice_rows
+        q, k, v, *plain = by_rows(rows, partial(self.before, pools=pools), x, positions)
+        extras = AttentionExtras(pool_keys=plain[0], rotate=self.turn) if pools else AttentionExtras()
+        chosen: Selection | None = None
+        if plan.spec.select is None:
+            attended = attend(q, k, v, plan, extras=extras)
+        else:
+            attended, chosen = attend(q, k, v, plan, extras=extras, selection=selection, return_selection=True)
+        if observe is not None:
+            observe(q, k, v, attended, extras, chosen)
+        del q, k, v, plain, extras
+        (x,) = by_rows(rows, self.after, x, attended, overwrite=True)
+        return x, chosen
+
     def before(self, x: Tensor, positions: Tensor, pools: bool) -> tuple[Tensor, ...]:
         """x [B, T, width], positions int64 [1, T] -> q [B, T, H, D], k and v [B, T, Hkv, D]; q, k turned.
 
-        pools: also k before it was turned, which is what summaries are made of.
+        pools: also k before it was turned, which is what summaries are made of; only where keys are turned.
         """
         c = self.config
         heads = F.linear(_rms_norm(x, self.attention_norm), self.qkv).unflatten(
             2, (c.heads + 2 * c.kv_heads, c.head_dim)
         )
         q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], dim=2)
+        if not self.rotated:
+            if c.grow_from is not None:
+                growth = ((positions + 1).double().log() / math.log(c.grow_from)).clamp(min=1)
+                q = (q * growth[..., None, None]).to(q.dtype)
+            return q, k, v
         cos, sin = rotary_table(positions, c.head_dim, c.rope_theta, _accurate(x.dtype))
         turned = rotate(q, cos, sin), rotate(k, cos, sin), v
         return (*turned, k) if pools else turned
@@ -142,7 +191,9 @@ class Decoder(nn.Module):
         self.config = config
         dtype = DTYPES[config.dtype]
         self.embedding = nn.Parameter(torch.empty(config.vocab, config.width, dtype=dtype))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, layer not in config.unrotated_layers) for layer in range(config.layers)
+        )
         self.norm = nn.Parameter(torch.ones(config.width, dtype=dtype))
         self.head = nn.Parameter(torch.empty(config.vocab, config.width, dtype=dtype))
         self._draw(seed)
@@ -167,27 +218,14 @@ class Decoder(nn.Module):
                 fit the model's heads, the layer ``select_from`` selects nothing, or tokens have another shape.
         """
         self._check(tokens, plans)
-        positions = plans[0].positions.to(tokens.device).unsqueeze(0)
-        (x,) = self._by_rows(self._embed, tokens)
+        positions = plans[0].on(tokens.device, "positions").unsqueeze(0)
+        (x,) = by_rows(self.config.slice_rows, self._embed, tokens)
         kept: Selection | None = None
         for layer, (block, plan) in enumerate(zip(self.blocks, plans, strict=True)):
-            assert isinstance(block, Block)
-            pools = not plan.spec.is_static
-            q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
-            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else AttentionExtras()
-            selects = plan.spec.select is not None
-            given = kept if selects else None
-            attended = attend(q, k, v, plan, extras=extras, selection=given, return_selection=selects)
-            selection: Selection | None = None
-            if selects:
-                attended, selection = attended
+            seen = None if observe is None else partial(observe, layer)
+            x, chosen = block(x, positions, plan, kept if plan.spec.select is not None else None, seen)
             if layer == self.config.select_from:
-                kept = selection
-            if observe is not None:
-                observe(layer, q, k, v, attended, extras, selection)
-            del q, k, v, plain, extras, selection
-            (x,) = self._by_rows(block.after, x, attended, overwrite=True)
-            del attended
+                kept = chosen
         return x
 
     @torch.no_grad()
@@ -202,19 +240,28 @@ class Decoder(nn.Module):
             hidden [1, T, width], to be given to `logits`.
         """
         positions = step.positions.to(tokens.device).unsqueeze(0)
-        (x,) = self._by_rows(self._embed, tokens)
+        rows = self.config.slice_rows
+        (x,) = by_rows(rows, self._embed, tokens)
         source = self.config.select_from
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             spec = step.cache.specs[layer]
-            pools = not spec.is_static
-            q, k, v, *plain = self._by_rows(partial(block.before, pools=pools), x, positions)
-            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else None
+            pools = block.rotated and not spec.is_static
+            q, k, v, *plain = by_rows(rows, partial(block.before, pools=pools), x, positions)
+            extras = AttentionExtras(pool_keys=plain[0], rotate=block.turn) if pools else AttentionExtras()
             taken = source if source is not None and layer > source and spec.select is not None else None
             attended = step.attend(layer, q, k, v, extras=extras, choice_of=taken)
-            (x,) = self._by_rows(block.after, x, attended, overwrite=True)
+            (x,) = by_rows(rows, block.after, x, attended, overwrite=True)
         step.end()
         return x
+
+    def compile_rows(self) -> None:
+        """Let torch.compile join what is done row by row; `attend` stays as it is. The first pass then takes longer."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.before = torch.compile(block.before)  # type: ignore[method-assign]
+            block.after = torch.compile(block.after)  # type: ignore[method-assign]
+        self._loss_rows = torch.compile(self._loss_rows)  # type: ignore[method-assign]
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the next byte, a token: float32 [B, T] in nats, 0 where the label is `IGNORE`.
@@ -231,7 +278,7 @@ class Decoder(nn.Module):
         if labels.shape != hidden.shape[:2]:
             shapes = tuple(labels.shape), tuple(hidden.shape[:2])
             raise ValueError(f"labels has the shape {shapes[0]}; expected {shapes[1]}, as hidden")
-        (nats,) = self._by_rows(self._loss_rows, hidden, labels)
+        (nats,) = by_rows(self.config.slice_rows, self._loss_rows, hidden, labels)
         return nats
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -248,33 +295,6 @@ class Decoder(nn.Module):
         scores = self.logits(hidden).flatten(0, 1)
         nats = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORE, reduction="none")
         return nats.view(labels.shape)
-
-    def _by_rows(
-        self, compute: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, overwrite: bool = False
-    ) -> tuple[Tensor, ...]:
-        """Apply a row-wise function slice by slice along dimension 1, and join what it returns along it.
-
-        Args:
-            compute: takes a slice of each input, returns one tensor or several, with the rows in dimension 1.
-            inputs: [B or 1, T, ...].
-            overwrite: without gradients, write the result (one tensor, shaped as inputs[0]) into inputs[0].
-        """
-        batch, total = inputs[0].shape[:2]
-        rows = max(1, self.config.slice_rows // max(1, batch))
-        # split, not indexing: its backward joins the gradients once instead of padding each to full length
-        slices = list(zip(*(torch.split(x, rows, dim=1) for x in inputs), strict=True))
-        if torch.is_grad_enabled():
-            if len(slices) == 1:
-                return _as_tuple(compute(*slices[0]))
-            parts = [_as_tuple(checkpoint(compute, *piece, use_reentrant=False)) for piece in slices]
-            return tuple(torch.cat(column, dim=1) for column in zip(*parts, strict=True))
-        whole: tuple[Tensor, ...] = (inputs[0],) if overwrite else ()
-        for start, piece in zip(range(0, max(1, total), rows), slices, strict=True):
-            part = _as_tuple(compute(*piece))
-            whole = whole or tuple(x.new_empty(x.shape[0], total, *x.shape[2:]) for x in part)
-            for target, x in zip(whole, part, strict=True):
-                target[:, start : start + rows] = x
-        return whole
 
     def _check(self, tokens: Tensor, plans: Sequence[Plan]) -> None:
         if len(plans) != self.config.layers:
@@ -309,6 +329,35 @@ class Decoder(nn.Module):
             elif name.endswith(("attention_out", "down")):
                 std /= math.sqrt(2 * self.config.layers)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def by_rows(
+    rows: int, compute: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, overwrite: bool = False
+) -> tuple[Tensor, ...]:
+    """Apply a row-wise function slice by slice along dimension 1, and join what it returns along it.
+
+    Args:
+        rows: of a slice, over the whole batch.
+        compute: takes a slice of each input, returns one tensor or several, with the rows in dimension 1.
+        inputs: [B or 1, T, ...].
+        overwrite: without gradients, write the result (one tensor, shaped as inputs[0]) into inputs[0].
+    """
+    batch, total = inputs[0].shape[:2]
+    rows = max(1, rows // max(1, batch))
+    # split, not indexing: its backward joins the gradients once instead of padding each to full length
+    slices = list(zip(*(torch.split(x, rows, dim=1) for x in inputs), strict=True))
+    if torch.is_grad_enabled():
+        if len(slices) == 1:
+            return _as_tuple(compute(*slices[0]))
+        parts = [_as_tuple(checkpoint(compute, *piece, use_reentrant=False)) for piece in slices]
+        return tuple(torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    whole: tuple[Tensor, ...] = (inputs[0],) if overwrite else ()
+    for start, piece in zip(range(0, max(1, total), rows), slices, strict=True):
+        part = _as_tuple(compute(*piece))
+        whole = whole or tuple(x.new_empty(x.shape[0], total, *x.shape[2:]) for x in part)
+        for target, x in zip(whole, part, strict=True):
+            target[:, start : start + rows] = x
+    return whole
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:

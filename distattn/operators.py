@@ -6,8 +6,7 @@ summed up there in float32. ``exchange_heads`` and ``return_heads`` are each oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distattn.agreement import Agreement
+from distattn.chosen import Asks
 from distattn.errors import DistattnError
 from distattn.exchange import Counter, Exchange, Pending
 from distattn.heads import HeadsPlan
@@ -68,33 +68,56 @@ def _names(plan: Plan, what: str, x: list[Tensor]) -> tuple[str, str, tuple[int,
     return plan.name, what, tuple(y.data_ptr() for y in x)
 
 
-@contextmanager
-def begun(
-    plan: Plan, pooled: list[Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool
-) -> Iterator[None]:
-    """Sends summaries on their way and attends the plan's pattern meanwhile, before either operator is called.
+class Begun:
+    """What is begun before the operators are called that go on with it, for as long as it is entered.
 
-    Inside, ``gather_rows`` of ``pooled`` waits for what is on its way, and ``attend`` of q, k and v goes on from there;
-    ``more``: with sources beside the pattern.
+    Compiled code begins nothing: each operator does by itself what is left.
     """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    names = [_names(plan, "tokens", [q, k, v])]
 
-    def bring_summaries() -> None:
-        if pooled and plan.world_size > 1:
-            names.append(_names(plan, "summaries", pooled))
-            _begun[names[-1]] = _bring(pooled, plan.name, "summaries")
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._names: list[tuple[str, str, tuple[int, ...]]] = []
 
-    with torch.no_grad():
-        # The pattern's exchanges go first: its tiles wait for them.
-        _begun[names[0]] = Pass(plan, sent).begin(q, k, v, scale, more, bring_summaries)
-    try:
-        yield
-    finally:
-        for name in names:  # of those whose operator was not called
+    def __enter__(self) -> Begun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._names:  # of those whose operator was not called
             _begun.pop(name, None)
+
+    def bring(self, pooled: list[Tensor]) -> None:
+        """Sends summaries on their way: ``gather_rows`` of them waits for what comes."""
+        if pooled and self._plan.world_size > 1:
+            self._begin("summaries", pooled, lambda: _bring(pooled, self._plan.name, "summaries"))
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Starts what the plan's pattern needs of other ranks: ``attend`` of these goes on from there."""
+        self._begin("exchanges", [q, k, v], lambda: Pass(self._plan, sent).start(q, k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> None:
+        """Attends the plan's pattern, once it is started: ``attend`` of these goes on from there.
+
+        more: with sources beside the pattern.
+        """
+
+        def run() -> Any:
+            started = _begun.pop(_names(self._plan, "exchanges", [q, k, v]))
+            return Pass(self._plan, sent).begin(started, q, k, v, scale, more)
+
+        self._begin("tokens", [q, k, v], run)
+
+    def ask(self, chosen: Tensor) -> None:
+        """Asks other ranks for chunks: ``attend`` with these goes on from there."""
+        plan = self._plan
+        self._begin("asks", [chosen], lambda: Asks(plan, Exchange(plan.group_name, plan.rank, sent, plan.key), chosen))
+
+    def _begin(self, what: str, x: list[Tensor], start: Callable[[], Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        name = _names(self._plan, what, x)
+        self._names.append(name)
+        with torch.no_grad():
+            _begun[name] = start()
 
 
 # Defined piece by piece: torch.library.custom_op would import the compiler, which takes seconds, at the first call.
@@ -122,13 +145,16 @@ def _attend(*arguments: Any) -> tuple[Tensor, ...]:
     """(out, lse, then what is in ``Kept``); see :class:`Pass`."""
     *inputs, tokens, name, scale = arguments
     plan, (q, k, v) = plans[name], inputs[:3]
+    chosen: Tensor | None = inputs[-1]
     begun = _begun.pop(_names(plan, "tokens", [q, k, v]), None) if tokens else None
-    run = Pass(plan, sent, tokens, _sources(plan, inputs, None), inputs[-1])
+    asks = None if chosen is None else _begun.pop(_names(plan, "asks", [chosen]), None)
+    run = Pass(plan, sent, tokens, _sources(plan, inputs, None), chosen, asks)
     if begun is not None:
         out, lse, kept = run.finish(begun, q, k, v, scale)
     else:
         agree(plan, q.shape[0], q.dtype)
-        out, lse, kept = run.forward(q, k, v, scale)
+        started = _begun.pop(_names(plan, "exchanges", [q, k, v]), None) if tokens else None
+        out, lse, kept = run.forward(q, k, v, scale, started)
     return out, lse, *kept
 
 

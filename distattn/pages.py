@@ -9,6 +9,7 @@ is rows ``b * rows ..`` of head h in the tensors of its rank. Page p of a sequen
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class PageTables:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
         self.world_size, self.blocks, self.rows = world_size, blocks, rows
         self.references: Int32 = np.zeros((world_size, blocks), np.int32)
-        self._free = [list(range(blocks))[::-1] for _ in range(world_size)]
+        self._left = np.full(world_size, blocks)  # free blocks of each rank
         self._sequences: dict[int, _Sequence] = {}
         self._added = 0
 
@@ -68,7 +69,7 @@ class PageTables:
         return tuple(self._sequences)
 
     def free_blocks(self, rank: int) -> int:
-        return len(self._free[rank])
+        return int(self._left[rank])
 
     def length(self, sequence: int) -> int:
         """Positions that were appended, evicted ones included."""
@@ -114,7 +115,10 @@ class PageTables:
         found.owner[which] = found.block[which] = -1
 
     def append(self, counts: Mapping[int, int]) -> Written:
-        """Makes room for new positions at the ends of sequences. New blocks go to the ranks with the most free ones.
+        """Makes room for new positions at the ends of sequences.
+
+        New blocks go to the ranks with the most free ones, and are their lowest, so that what follows one another in a
+        sequence mostly does so in memory.
 
         Args:
             counts: how many positions, by sequence.
@@ -128,7 +132,7 @@ class PageTables:
             if count < 0:
                 raise ConfigError(f"counts has {count} for sequence {sequence}; expected at least 0")
         copied, more = self._wanted(counts)
-        left = np.asarray([len(free) for free in self._free])
+        left = self._left
         if (copied > left).any() or more + copied.sum() > left.sum():
             total = sum(counts.values())
             raise CacheFull(
@@ -166,7 +170,7 @@ class PageTables:
         rank, block = int(found.owner[-1]), int(found.block[-1])
         if self.references[rank, block] == 1:
             return None
-        new = self._take(rank)
+        (new,) = self._take(rank, 1).tolist()
         self.references[rank, block] -= 1
         found.block[-1] = new
         return rank, block, new
@@ -174,20 +178,34 @@ class PageTables:
     def _extend(self, found: _Sequence, count: int) -> tuple[Ints, Ints]:
         stop = found.length + count
         new = -(-stop // self.rows) - len(found.owner)
-        owner, block = np.zeros(new, np.int32), np.zeros(new, np.int32)
-        for i in range(new):
-            rank = max(range(self.world_size), key=lambda rank: len(self._free[rank]))  # the lowest of equals
-            owner[i], block[i] = rank, self._take(rank)
+        owner, block = self._next_owners(new), np.zeros(new, np.int32)
+        for rank, count in enumerate(np.bincount(owner).tolist()):
+            if count:
+                block[owner == rank] = self._take(rank, count)
         found.owner, found.block = np.append(found.owner, owner), np.append(found.block, block)
         at = np.arange(found.length, stop)
         found.length = stop
         page = at // self.rows
         return found.owner[page].astype(np.int64), found.block[page].astype(np.int64) * self.rows + at % self.rows
 
-    def _take(self, rank: int) -> int:
-        block = self._free[rank].pop()
-        self.references[rank, block] = 1
-        return block
+    def _next_owners(self, count: int) -> Int32:
+        """int32 [count]: each time the rank with the most free blocks, the lowest of equals."""
+        owner = np.zeros(count, np.int32)
+        if self.world_size == 1 or count == 0:
+            return owner
+        ranks = [(-left, rank) for rank, left in enumerate(self._left.tolist())]
+        heapq.heapify(ranks)
+        for i in range(count):
+            left, owner[i] = ranks[0]
+            heapq.heapreplace(ranks, (left + 1, int(owner[i])))
+        return owner
+
+    def _take(self, rank: int, count: int) -> Ints:
+        """int64 [count]: the lowest free blocks of a rank, which are free no more."""
+        blocks = np.flatnonzero(self.references[rank] == 0)[:count]
+        self.references[rank, blocks] = 1
+        self._left[rank] -= count
+        return blocks
 
     def _refer(self, owner: Int32, block: Int32, by: int) -> Bools:
         """Changes the counts of blocks that are there; bool [pages]: which these are."""
@@ -197,9 +215,8 @@ class PageTables:
 
     def _release(self, owner: Int32, block: Int32) -> None:
         there = self._refer(owner, block, -1)
-        for rank, number in zip(owner[there].tolist(), block[there].tolist(), strict=True):
-            if self.references[rank, number] == 0:
-                self._free[rank].append(number)
+        freed = owner[there][self.references[owner[there], block[there]] == 0]
+        self._left += np.bincount(freed, minlength=self.world_size)
 
     def _insert(self, sequence: _Sequence) -> int:
         self._added += 1

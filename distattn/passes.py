@@ -6,16 +6,17 @@ For each stage: fill the arena, run the tile kernel, merge by log-sum-exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distattn.arena import GuestQueries, Stage
-from distattn.chosen import Asked, ChosenChunks
+from distattn.arena import Stage
+from distattn.chosen import Asked, Asks, ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
+from distattn.guest_queries import attend_guest_queries, guest_queries_backward
 from distattn.kernels.attention import (
     Biases,
     Pages,
@@ -25,10 +26,11 @@ from distattn.kernels.attention import (
     prepare,
     row_deltas,
 )
-from distattn.kernels.rows import add_rows, merge
+from distattn.kernels.rows import add_rows
 from distattn.kernels.selected import AnyTable
 from distattn.messages import Message, Transfer
 from distattn.plan import Plan
+from distattn.rounds import Rounds
 
 
 class Source(NamedTuple):
@@ -60,10 +62,23 @@ class Kept(NamedTuple):
     given: Tensor
 
 
+class Started(NamedTuple):
+    """A forward pass whose first exchanges are on their way, and nothing else.
+
+    slots: guest buffers. stage_here: gathered keys and pages of the first stage. guest_q: guest queries, which are
+    there after ``queries_here.wait()``.
+    """
+
+    slots: list[_Slot]
+    stage_here: tuple[Pending, Pending]
+    guest_q: Tensor
+    queries_here: Pending
+
+
 class Begun(NamedTuple):
     """A forward pass in which the plan's pattern has been attended, and nothing else yet.
 
-    out, lse: so far. kept: the guests. guest_q: guest queries, which are there after ``queries_here.wait()``.
+    out, lse: so far. kept: the guests. guest_q, queries_here: as before.
     """
 
     out: Tensor
@@ -78,7 +93,10 @@ class Pass:
 
     tokens: whether the plan's pattern is attended; else only ``sources`` are.
     sources: what is attended beside it, under the same softmax. chosen: int32 [batch, tables, tiles, n]: chunks that
-    are attended, too.
+    are attended, too. asks: for these, where ranks have begun to ask before.
+
+    A forward pass with chosen chunks asks for them first, attends its own pattern while the asks travel and the sources
+    while chunks do, and the chunks last, in one launch. What is launched last writes the result.
     """
 
     def __init__(
@@ -88,35 +106,41 @@ class Pass:
         tokens: bool = True,
         sources: Sequence[Source] = (),
         chosen: Tensor | None = None,
+        asks: Asks | None = None,
     ) -> None:
         self.plan = plan
         self.exchange = Exchange(plan.group_name, plan.rank, counter, plan.key)
         self.stages = plan.stages if tokens else ()
         self.queries = plan.guest_queries if tokens else None
-        self.sources, self.chosen = sources, chosen
+        self.sources, self.chosen, self.asks = sources, chosen, asks
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Kept]:
-        """(out, lse, what the backward pass reads again)."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, started: Started | None = None
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """(out, lse, what the backward pass reads again). started: with the same tensors, if it was."""
+        if self.chosen is not None:
+            if self.asks is None:
+                self.asks = Asks(self.plan, self.exchange, self.chosen)
+            # Many small kernels, beside which the asks find room on the GPU; tiles would leave none for a while.
+            for table in (table for source in self.sources for table in source.tables):
+                prepare(q, table)
         more = bool(self.sources) or self.chosen is not None
-        return self.finish(self.begin(q, k, v, scale, more), q, k, v, scale)
+        started = started or self.start(q, k, v)
+        return self.finish(self.begin(started, q, k, v, scale, more), q, k, v, scale)
 
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool, also: Callable[[], None] = lambda: None
-    ) -> Begun:
-        """The plan's pattern.
-
-        Args:
-            more: sources follow, which need not be known yet.
-            also: starts what travels behind the plan's first exchanges, while tiles are computed.
-        """
-        dtype, stages, queries, own = accumulator_dtype(q.dtype), self.stages, self.queries, Pages(k, v)
-        several = not stages or any(stage.resumes for stage in stages) or more
-        slots = self._slots(k, v)
-        pending = self._bring(stages[0], own, slots[0]) if stages else (Pending(), Pending())
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Started:
+        """Starts the exchanges that the plan's pattern begins with."""
+        stages, queries, slots = self.stages, self.queries, self._slots(k, v)
+        stage_here = self._bring(stages[0], Pages(k, v), slots[0]) if stages else (Pending(), Pending())
         guest_q = q.new_empty((q.shape[0], len(queries.positions) if queries else 0, *q.shape[2:]))
         queries_here = self.exchange.bring("queries", queries.transfer, [q], [guest_q]) if queries else Pending()
-        also()
+        return Started(slots, stage_here, guest_q, queries_here)
 
+    def begin(self, started: Started, q: Tensor, k: Tensor, v: Tensor, scale: float, more: bool) -> Begun:
+        """The plan's pattern. more: sources follow, which need not be known yet."""
+        dtype, stages, own = accumulator_dtype(q.dtype), self.stages, Pages(k, v)
+        several = not stages or any(stage.resumes for stage in stages) or more
+        slots, pending, guest_q, queries_here = started
         out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype if several else q.dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
         # Tiles that visit nothing are left alone.
@@ -134,7 +158,7 @@ class Pass:
                 out=some_out,
                 lse=some_lse,
                 scale=scale,
-                resume=stage.resumes,
+                before=some_out if stage.resumes else None,
             )
             shared_here, pages_here = pending
             if number + 1 < len(stages):
@@ -153,54 +177,51 @@ class Pass:
         kept = Kept(guests, guest_q, q.new_empty(0), *Asked.nothing(q.device))
         if self.sources or self.chosen is not None:
             rows = self._global_rows(q.device)
-            before = out[:, rows], lse[:, rows]
-            kept = kept._replace(**self._attend_more(q, Pages(k, v), out, lse, scale))
-            out[:, rows], lse[:, rows] = before  # global queries have seen everything
+            global_out, global_lse = out[:, rows], lse[:, rows]
+            out, more = self._attend_more(q, Pages(k, v), out, lse, scale)
+            kept = kept._replace(**more)
+            out[:, rows], lse[:, rows] = global_out.to(out.dtype), global_lse  # these queries have seen everything
         if self.queries is not None:
             queries_here.wait()
-            self._attend_guest_queries(self.queries, guest_q, Pages(k, v), out, lse, scale)
+            attend_guest_queries(self.exchange, self.queries, guest_q, Pages(k, v), out, lse, scale)
         return out.to(q.dtype), lse, kept
 
-    def _attend_more(self, q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float) -> dict[str, Tensor]:
-        """Goes on with sources and chosen chunks, each round of these while the next one travels."""
+    def _attend_more(
+        self, q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Goes on with sources and chosen chunks: the result, in the dtype of q, and what of ``Kept`` they add."""
+        result = out if out.dtype == q.dtype else q.new_empty(out.shape)
 
-        def run(source: Source) -> None:
+        def run(source: Source, last: bool) -> None:
             for b in range(q.shape[0]):
+                so_far = out[b : b + 1]
                 attention_forward(
                     q[b : b + 1],
                     _pages_of(source.own, b),
                     _pages_of(source.guests, b),
                     source.tables[b],
-                    out[b : b + 1],
+                    result[b : b + 1] if last and result is not out else so_far,
                     lse[b : b + 1],
                     scale=scale,
-                    resume=True,
+                    before=so_far,
                     bias=_bias_of(source.bias, b),
                 )
 
         if self.chosen is None:
-            for source in self.sources:
-                run(source)
-            return {}
-        for source in self.sources:  # the tables' items are made before ranks wait for one another
-            for table in source.tables:
-                prepare(q, table)
-        chunks = ChosenChunks(self.plan, self.exchange, self.chosen, None)
-        slots = _chosen_slots(chunks, own)
-        pending = _bring_chosen(chunks, 1, own, slots)
+            for number, source in enumerate(self.sources):
+                run(source, last=number + 1 == len(self.sources))
+            return result, {}
+        assert self.asks is not None
+        chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait())
+        rounds = Rounds(chunks, self.exchange, own)
+        for table in rounds.tables:  # as above, while the chunks set out
+            prepare(q, table)
         for source in self.sources:
-            run(source)
-        run(Source(own, _nothing(own), chunks.tables(0)))
-        for number in range(1, len(chunks.rounds) + 1):
-            arrived = pending
-            # The other slot is free, since its round is done.
-            pending = _bring_chosen(chunks, number + 1, own, slots)
-            tables = chunks.tables(number)
-            for part in arrived:
-                part.wait()
-            run(Source(own, chunks.guests(_parts(chunks, number, own, slots), own), tables))
+            run(source, last=False)
+        for number, guests, tables in rounds:
+            run(Source(own, guests, tables), last=number + 1 == len(chunks.rounds))
         kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}
-        return kept | ({"chosen": slots[1]} if len(chunks.rounds) == 1 else {})
+        return result, kept if rounds.kept is None else kept | {"chosen": rounds.kept}
 
     def _global_rows(self, device: torch.device) -> Tensor:
         assert self.plan.hierarchy is not None
@@ -234,9 +255,8 @@ class Pass:
         pending = self._bring(stages[0], own, slots[0], " again") if several else (Pending(), Pending())
         homeward: list[Pending] = []
         if self.queries is not None:
-            homeward.append(
-                self._guest_queries_backward(self.queries, kept.guest_q, own, grad_out, lse, delta, dq, d_own, scale)
-            )
+            some = self.exchange, self.queries, kept.guest_q
+            homeward.append(guest_queries_backward(*some, own, grad_out, lse, delta, dq, d_own, scale))
         for number, stage in enumerate(stages):
             mine, guests = _of_heads(own, stage.kv_heads), slots[number % 2].of_stage(stage)
             sliced = len(stage.kv_heads) < k.shape[2]
@@ -314,27 +334,14 @@ class Pass:
 
         homeward: list[Pending] = []
         if self.chosen is not None:
-            chunks = ChosenChunks(self.plan, self.exchange, self.chosen, Asked(kept.asked, kept.given))
-            again = len(chunks.rounds) > 1  # what came in one round was kept
-            slots = _chosen_slots(chunks, own) if again else [kept.chosen] * 2
-            pending = _bring_chosen(chunks, 1, own, slots, " again") if again else []
-            for number in range(1, len(chunks.rounds) + 1):
-                arrived = pending
-                pending = _bring_chosen(chunks, number + 1, own, slots, " again") if again else []
-                tables = chunks.tables(number)
-                for part in arrived:
-                    part.wait()
-                buffers = _parts(chunks, number, own, slots)
-                d_buffers = (
-                    buffers[0].new_zeros(buffers[0].shape, dtype=d_own.k.dtype),
-                    buffers[1].new_zeros(buffers[1].shape, dtype=d_own.k.dtype),
-                )
-                guests, d_guests = (chunks.guests(x, own) for x in (buffers, d_buffers))
+            chunks = ChosenChunks(self.plan, self.chosen, Asked(kept.asked, kept.given))
+            rounds = Rounds(chunks, self.exchange, own, kept.chosen)
+            for number, guests, tables in rounds:
+                flat, d_guests = rounds.gradients(number, d_own.k.dtype)
                 run(Source(own, guests, tables, None, d_own, d_guests))
                 for part in homeward:  # those of the round before have come meanwhile
                     part.wait()
-                homeward = chunks.take_home(number, d_buffers, d_own)
-            run(Source(own, _nothing(own), chunks.tables(0), None, d_own, _nothing(d_own)))
+                homeward = [rounds.take_home(number, flat, d_own)]
         for source in self.sources:
             run(source)
         return homeward
@@ -344,7 +351,7 @@ class Pass:
         width = k.shape[0] * (k.shape[3] + v.shape[3])
         sizes = [stage.guest_rows * len(stage.kv_heads) * width for stage in self.stages]
         # Zeros, since a page that is short leaves rows that nobody writes, and 0 times anything finite is 0.
-        return [_Slot(k.new_zeros(max(sizes[parity::2], default=0)), k, v) for parity in range(2)]
+        return [_Slot(k.new_zeros(max(sizes[parity::2])), k, v) for parity in range(min(2, len(sizes)))]
 
     def _query_heads(self, stage: Stage, *tensors: Tensor) -> list[Tensor]:
         """Those that read the stage's key/value heads, of tensors [batch, tokens, heads, ...]."""
@@ -371,69 +378,6 @@ class Pass:
 
         return self.exchange.take_home(f"gradients of {what}", transfer, d_guests, receive) if transfer else Pending()
 
-    def _attend_guest_queries(
-        self, queries: GuestQueries, guest_q: Tensor, own: Pages, out: Tensor, lse: Tensor, scale: float
-    ) -> None:
-        """Attends with all ranks' global queries over this rank's pages; partial results go home and are merged."""
-        dtype = lse.dtype
-        part = guest_q.new_zeros((*guest_q.shape[:3], out.shape[3]), dtype=dtype)
-        part_lse = guest_q.new_full(guest_q.shape[:3], -torch.inf, dtype=dtype)
-        attention_forward(guest_q, own, _nothing(own), queries.table, part, part_lse, scale=scale)
-        mine = queries.on(out.device, "mine")
-        total = out.new_zeros((out.shape[0], len(mine), *out.shape[2:]), dtype=dtype)
-        total_lse = lse.new_full((lse.shape[0], len(mine), lse.shape[2]), -torch.inf)
-
-        def receive(message: Message, rows: list[Tensor]) -> None:
-            merged = merge(total, total_lse, rows[0], rows[1].squeeze(-1))
-            total.copy_(merged[0])
-            total_lse.copy_(merged[1])
-
-        self.exchange.take_home("results", queries.transfer, [part, part_lse.unsqueeze(-1)], receive).wait()
-        out[:, mine] = total.to(out.dtype)
-        lse[:, mine] = total_lse
-
-    def _guest_queries_backward(
-        self,
-        queries: GuestQueries,
-        guest_q: Tensor,
-        own: Pages,
-        grad_out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        dq: Tensor,
-        d_own: Pages,
-        scale: float,
-    ) -> Pending:
-        shape, rows = guest_q.shape[:3], torch.stack((lse, delta), dim=-1)
-        guest_grad = grad_out.new_empty((*shape, grad_out.shape[3]))
-        guest_rows = rows.new_empty((*shape, 2))
-        arriving = [
-            self.exchange.bring("gradients of results", queries.transfer, [grad_out], [guest_grad]),
-            self.exchange.bring("sums of rows", queries.transfer, [rows], [guest_rows]),
-        ]
-        for part in arriving:
-            part.wait()
-        guest_dq = dq.new_zeros(guest_q.shape)
-        attention_backward(
-            guest_q,
-            own,
-            _nothing(own),
-            queries.table,
-            guest_grad,
-            guest_rows[..., 0],
-            guest_rows[..., 1],
-            guest_dq,
-            d_own,
-            _nothing(d_own),
-            scale=scale,
-        )
-        return self.exchange.take_home(
-            "gradients of queries",
-            queries.transfer,
-            [guest_dq],
-            lambda message, returned: add_rows(dq, message.places, returned[0]),
-        )
-
 
 class _Slot:
     """A guest buffer: one flat tensor that holds rows of K and rows of V, of keys and values like k and v."""
@@ -453,31 +397,6 @@ class _Slot:
             parts = self.flat[:k_size], self.flat[k_size : k_size + v_size]
             self._pages[rows, heads] = Pages(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
         return self._pages[rows, heads]
-
-
-def _chosen_slots(chunks: ChosenChunks, own: Pages) -> list[Tensor]:
-    """Two guest buffers, of which a single round needs but the second."""
-    numel = [sum(chunks.guest_numel(number, own)) for number in range(1, len(chunks.rounds) + 1)]
-    return [own.k.new_empty(max(sizes, default=0)) for sizes in (numel[1::2], numel[::2])]
-
-
-def _parts(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a round has of its slot, for K and for V."""
-    k_size, v_size = chunks.guest_numel(number, own)
-    slot = slots[number % 2]
-    return slot[:k_size], slot[k_size : k_size + v_size]
-
-
-def _bring_chosen(chunks: ChosenChunks, number: int, own: Pages, slots: list[Tensor], again: str = "") -> list[Pending]:
-    """A round that is on its way, if there is one of this number."""
-    if number > len(chunks.rounds):
-        return []
-    return chunks.bring(number, own, _parts(chunks, number, own, slots), again)
-
-
-def _nothing(pages: Pages) -> Pages:
-    """No rows, of the same heads."""
-    return Pages(pages.k[:, :0], pages.v[:, :0])
 
 
 def _of_heads(pages: Pages, kv_heads: range) -> Pages:

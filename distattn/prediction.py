@@ -12,8 +12,6 @@ from distattn.loads import Floats, Load, Tiles, guest_query_tiles
 from distattn.machine import Machine
 from distattn.task import Task
 
-# K and V travel one after the other.
-_TENSORS = 2
 # Stages of a ring that are gone through where all are alike.
 _ALIKE = 6
 
@@ -62,9 +60,9 @@ class _Run:
             first = self.time.start("all_gather", others, abroad=self.abroad)
         done = none
         if load.distance != 0:
-            routes, out = load.routes, load.sent * row_bytes
+            out = load.sent * row_bytes
             self.time.copy(2 * out, pack=True)
-            self.time.copy(2 * routes.joins * out)
+            self.time.copy(2 * load.joins * out)
             done = self._travel_pages(load, row_bytes)
         return [(first, none + all_shared * row_bytes), (done, load.received * row_bytes)]
 
@@ -98,18 +96,22 @@ class _Run:
         if hierarchy is not None and hierarchy.levels:
             self.time.copy(self.task.keys * self.size + 2 * self.task.summaries * self.wide, launches=2)
             summaries = self._gather(self.task.summaries)
-        self._pattern(more=hierarchy is not None and not self.task.gate)
-        if hierarchy is not None:
+        if hierarchy is None:
+            self._pattern(False, self._start())
+        else:
             self._far(hierarchy, summaries)
         calls = 1 if hierarchy is None else 3
         return self.time.end(calls * self.machine.host["forward"])
 
-    def _pattern(self, more: bool) -> None:
+    def _start(self) -> tuple[list[tuple[Floats, Floats]], Floats]:
+        """``Pass.start``: the first stage as of :meth:`start`, and when guest queries are there."""
+        self.time.copy((self.task.room(0) + self.task.room(1)) * self.size)
+        return self.start(self.task.loads[0], self.dim * self.size), self._bring_queries(self.task.head_dim * self.size)
+
+    def _pattern(self, more: bool, started: tuple[list[tuple[Floats, Floats]], Floats]) -> None:
         """``Pass.begin`` and, where nothing follows, ``Pass.finish``."""
         several = more or self.task.resumes
-        self.time.copy((self.task.room(0) + self.task.room(1)) * self.size)
-        pending = self.start(self.task.loads[0], self.dim * self.size)
-        queries = self._bring_queries(self.task.head_dim * self.size)
+        pending, queries = started
         if several:  # results are written in float32
             self.time.copy(self.task.outputs * (self.wide - self.size), launches=0)
         for number, load in self._each_stage():
@@ -121,10 +123,11 @@ class _Run:
             self.run("pattern", way, load.alone)
             self.arrive(arrived[1])
             self.run("pattern", way, load.guests)
-        if not more:
-            self._attend_queries(queries)
-            if several:
-                self.time.copy(self.task.outputs * (self.wide + self.size))
+        if more:
+            return
+        self._attend_queries(queries)
+        if several:
+            self.time.copy(self.task.outputs * (self.wide + self.size))
 
     def _bring_queries(self, row_bytes: float) -> Floats:
         """Rows of guest queries of all ranks and heads; when they are there."""
@@ -169,20 +172,31 @@ class _Run:
         return self.time.start("all_gather", nbytes, abroad=self.abroad), np.full(self.world, mine.sum() * self.wide)
 
     def _far(self, hierarchy: Hierarchy, summaries: tuple[Floats, Floats]) -> None:
-        """Levels, choice, and ``Pass.finish`` of what is visited."""
-        select = hierarchy.spec.select
+        """The pattern, levels and chosen chunks; these are chosen and asked for first."""
+        select, more = hierarchy.spec.select, not self.task.gate
+        if select is not None and hierarchy.chooses_by_tile_before and self.world > 1:
+            edges = float(len(self.task.layout.start) * self.task.heads * self.task.head_dim)
+            self.arrive(self._gather(np.full(self.world, edges / self.world)))
+        started = self._start()
+        if select is None:
+            self._pattern(more, started)
         if hierarchy.levels:
             self.arrive(summaries)
             # Made, cast, padded and put together.
             rows = hierarchy.rows * self.task.kv_heads * float(self.dim)
             self.time.copy(rows * (3 * self.wide + 3 * self.size), launches=12 * len(hierarchy.levels))
+        told = np.zeros(self.world)
         if select is not None:
             self._choose(hierarchy)
+            if self.world > 1:  # what is wanted of whom
+                wanted = np.full(self.world, float(self.task.kv_heads * hierarchy.chunks))
+                told = self.time.start("all_to_all", wanted, abroad=self.abroad)
+            self._pattern(more, started)
         parts = [bool(hierarchy.levels), select is not None]
-        if self.task.gate:  # each by itself: zeros, a result in float32, a cast
-            self.time.copy(sum(parts) * self.task.outputs * (2 * self.wide + self.size), launches=3)
-            self._attend_queries(np.zeros(self.world))
+        if self.task.gate:  # each by itself: zeros, which are gone on from
+            self.time.copy(sum(parts) * self.task.outputs * (self.wide + self.size), launches=2)
         if select is not None:
+            self.time.wait(told)
             self._travel(hierarchy, backward=False)
         else:
             self._attend_summaries(hierarchy, "resume")
@@ -190,7 +204,6 @@ class _Run:
             self.time.copy(self.task.outputs * self.size * (2 + sum(parts)))
         else:
             self._attend_queries(np.zeros(self.world))
-            self.time.copy(self.task.outputs * (self.wide + self.size))
 
     def _choose(self, hierarchy: Hierarchy) -> None:
         select = hierarchy.spec.select
@@ -206,9 +219,6 @@ class _Run:
             scores = np.minimum(scores, columns)
         if not hierarchy.level_is_chunks and not by.mass:
             self.arrive(self._gather(share * self.task.kv_heads * self.task.head_dim))
-        if hierarchy.chooses_by_tile_before and self.world > 1:
-            edges = float(len(self.task.layout.start) * self.task.heads * self.task.head_dim)
-            self.arrive(self._gather(np.full(self.world, edges / self.world)))
         seconds = tables * share * (speed.row + speed.column * scores / (2 if hierarchy.causal else 1))
         self.time.compute(seconds, 10 * self.machine.host["launch"])
 
@@ -240,12 +250,8 @@ class _Run:
             self._attend_summaries(hierarchy, way)
             self.run("chosen", way, Tiles(visits, rows, none), blocks)
             return
-        if not backward:  # what is wanted of whom is told, for which the host waits for the device
-            told = np.full(self.world, float(self.task.kv_heads * hierarchy.chunks))
-            self.time.wait(self.time.start("all_to_all", told, abroad=self.abroad))
-            self.time.rest(self.machine.host["exchange"] + 20 * self.machine.host["launch"])
         page = self.task.kv_heads * hierarchy.chunk * self.dim
-        rounds, own = self.task.rounds, self.task.own_share
+        rounds = self.task.rounds
 
         def bring(number: int) -> Floats:
             if number >= len(rounds):
@@ -253,16 +259,14 @@ class _Run:
             some = rounds[number]
             distance, take, give = some.distance, some.take, some.give
             kind = "all_to_all" if distance is None else "neighbours"
-            joined = 2 * (distance is None and self.world > 2)
-            self.time.copy((2 + joined) * give * page * self.size, launches=4)
+            self.time.copy(2 * give * page * self.size, launches=4)
             most = np.maximum(take, give) * page * self.size
             abroad = self.abroad if distance is None else 1.0
-            return self.time.start(kind, most, distance, abroad, _TENSORS)
+            return self.time.start(kind, most, distance, abroad)
 
         pending = bring(0) if not backward or len(rounds) > 1 else none
         if not backward:
             self._attend_summaries(hierarchy, way)
-            self.run("chosen", way, Tiles(visits * own, rows, none), blocks)
         homeward, back = none, none
         for number, some in enumerate(rounds):
             distance, take, give, part = some
@@ -270,18 +274,18 @@ class _Run:
             if not backward or len(rounds) > 1:
                 pending = bring(number + 1)
             self.time.wait(arrived)
+            if number == 0:  # with a rank's own chunks
+                part = part + self.task.own_share
             self.run("chosen", way, Tiles(visits * part, rows * (part > 0), none), blocks)
             if backward:  # float32 gradients of what came: zeros, packed, sent home, added
-                joined = 2 * (distance is None and self.world > 2)
                 self.time.wait(homeward)
                 self.time.copy(3 * back, launches=4)
-                self.time.copy((1 + joined) * take * page * self.wide, launches=4)
+                self.time.copy(take * page * self.wide, launches=4)
                 most, back = np.maximum(take, give) * page * self.wide, give * page * self.wide
                 kind = "all_to_all" if distance is None else "neighbours"
                 abroad = self.abroad if distance is None else 1.0
-                homeward = self.time.start(kind, most, distance, abroad, _TENSORS)
+                homeward = self.time.start(kind, most, distance, abroad)
         if backward:
-            self.run("chosen", way, Tiles(visits * own, rows, none), blocks)
             self._attend_summaries(hierarchy, way)
             self.time.wait(homeward)
             self.time.copy(3 * back, launches=4)
@@ -356,7 +360,7 @@ class _Run:
             return np.zeros(self.world), np.zeros(self.world)
         row = self.dim * self.wide
         self.time.copy(2 * load.received * row, pack=True)
-        self.time.copy(2 * load.routes.joins_home * load.received * row)
+        self.time.copy(2 * load.joins * load.received * row)
         return self._travel_pages(load, row), load.sent * row
 
     def _send_shared_home(self, load: Load) -> tuple[Floats, Floats]:

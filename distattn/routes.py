@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from distattn.exchange import Exchange
 from distattn.kernels.rows import merge_all
+from distattn.kernels.uploads import upload
 from distattn.paged import Tiles
 from distattn.spans import Bools, Ints
 
@@ -81,7 +83,7 @@ class Routes:
             plain: what is pooled instead of k; with ``everywhere``.
 
         Returns:
-            the query tiles [places, heads, head_dim]; (slots int64 [n], k, v) that stay here; and with ``everywhere``
+            the query tiles [places, heads, head_dim]; (slots of n rows, k, v) that stay here; and with ``everywhere``
             queries and what is pooled of all rows, (q [rows, ..], plain, v).
         """
         if self.stays_here:
@@ -110,25 +112,27 @@ class Routes:
             parts = [q[query], k[stays], v[stays]]
             return parts if plain is None or not self.everywhere else [*parts, plain, v]
 
-        def deliver(got: dict[int, Tensor]) -> None:
+        def deliver(flat: Tensor) -> None:
+            got = dict(zip(receives, flat.split([*receives.values()]), strict=True)) if receives else {}
             for peer in range(self.exchange.world_size):
                 if peer == self.rank:
                     take(peer, give(peer))
                 elif peer in got:
                     counts = self._counts(peer, self.rank)
                     shapes = [(count, *width[kind]) for count, kind in zip(counts, (0, 1, 2, 1, 2), strict=False)]
-                    flat = got[peer].split([int(np.prod(shape)) for shape in shapes])
-                    take(peer, [part.view(shape) for part, shape in zip(flat, shapes, strict=True)])
+                    parts = got[peer].split([int(np.prod(shape)) for shape in shapes])
+                    take(peer, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
 
         def total(source: int, target: int) -> int:
             counts = self._counts(source, target)
             return sum(count * sizes[kind] for count, kind in zip(counts, (0, 1, 2, 1, 2), strict=False))
 
         peers = [peer for peer in range(self.exchange.world_size) if peer != self.rank]
-        sends = {p: torch.cat([x.flatten() for x in give(p)]) for p in peers if total(self.rank, p)}
+        sends = {p: total(self.rank, p) for p in peers if total(self.rank, p)}
+        flat = torch.cat([q.new_empty(0), *(x.flatten() for p in sends for x in give(p))])
         receives = {p: total(p, self.rank) for p in peers if total(p, self.rank)}
         into = q.new_empty(sum(receives.values()))
-        self.exchange.send("bring queries to the cache", "cache", sends, receives, into, deliver).wait()
+        self.exchange.send("bring queries to the cache", "cache", flat, sends, into, receives, deliver).wait()
         return asks, (self._slots, torch.cat(kept_k), torch.cat(kept_v)), pooled
 
     def come_back(self, parts: list[Part], mine: int) -> list[Part]:
@@ -145,28 +149,30 @@ class Routes:
         outs = out.new_zeros((len(parts), ranks, mine, heads, dim))
         lses = lse.new_full((len(parts), ranks, mine, heads), -torch.inf)
 
-        def give(peer: int) -> Tensor:
-            at = self._at("place", peer)
-            return torch.cat([x for o, x in parts for x in (o[at].flatten(), x[at].flatten())])
+        def give(peers: Iterable[int]) -> Tensor:
+            places = [self._at("place", peer) for peer in peers]
+            rows = [y[at].flatten() for at in places for pair in parts for y in pair]
+            return torch.cat([out.new_empty(0), *rows])
 
-        def deliver(got: dict[int, Tensor]) -> None:
+        def deliver(flat: Tensor) -> None:
+            got = dict(zip(receives, flat.split([*receives.values()]), strict=True)) if receives else {}
             for peer in range(ranks):
                 count = self._counts(self.rank, peer)[0]
                 if not count:
                     continue
-                flat = give(peer) if peer == self.rank else got[peer]
+                results = give([peer]) if peer == self.rank else got[peer]
                 at = self._at("query", peer)
-                for number, part in enumerate(flat.chunk(len(parts))):
+                for number, part in enumerate(results.chunk(len(parts))):
                     values, logs = part.split([count * heads * dim, count * heads])
                     outs[number, peer][at] = values.view(count, heads, dim)
                     lses[number, peer][at] = logs.view(count, heads)
 
         peers = [peer for peer in range(ranks) if peer != self.rank]
-        sends = {p: give(p) for p in peers if self._counts(p, self.rank)[0]}
+        sends = {p: n * heads * (dim + 1) * len(parts) for p in peers if (n := self._counts(p, self.rank)[0])}
         counts = {p: self._counts(self.rank, p)[0] for p in peers}
         receives = {p: count * heads * (dim + 1) * len(parts) for p, count in counts.items() if count}
         into = out.new_empty(sum(receives.values()))
-        self.exchange.send("return results of the cache", "cache", sends, receives, into, deliver).wait()
+        self.exchange.send("return results of the cache", "cache", give(sends), sends, into, receives, deliver).wait()
         return [merge_all(outs[number], lses[number]) for number in range(len(parts))]
 
     def _counts(self, source: int, target: int) -> list[int]:
@@ -194,16 +200,12 @@ class Routes:
                 found = np.flatnonzero(self.owner[part] == peer)
             else:
                 found = self.place[part][self.asked[part, self.rank]]
-            self._there[what, peer] = self._as_slice(found)
+            first = int(found[0]) if len(found) else 0
+            follow = (np.diff(found) == 1).all()
+            self._there[what, peer] = slice(first, first + len(found)) if follow else upload([found], self.device)[0]
         return self._there[what, peer]
-
-    def _as_slice(self, rows: Ints) -> slice | Tensor:
-        if len(rows) and not (np.diff(rows) == 1).all():
-            return torch.from_numpy(rows).to(self.device)
-        first = int(rows[0]) if len(rows) else 0
-        return slice(first, first + len(rows))
 
     @cached_property
     def _slots(self) -> Tensor:
         """int64: where the keys stay that come to this rank, in the order in which they come."""
-        return torch.from_numpy(self.slot[self.owner == self.rank]).to(self.device)
+        return upload([self.slot[self.owner == self.rank]], self.device)[0]

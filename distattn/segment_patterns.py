@@ -44,8 +44,8 @@ class Chunked(IntervalPattern):
         chunk = np.asarray(q, np.int64) // self.size
         return np.maximum(chunk - self.before, 0) * self.size, (chunk + self.after + 1) * self.size
 
-    def row_breaks(self, length: int) -> Ints | None:
-        return np.arange(self.size, length, self.size) if self.size >= _FEW_ROWS else None
+    def row_breaks(self, start: int, stop: int) -> Ints | None:
+        return np.arange((start // self.size + 1) * self.size, stop, self.size) if self.size >= _FEW_ROWS else None
 
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
         size = self.size
@@ -126,10 +126,10 @@ class Documents(IntervalPattern):
         document = self._document(q)
         return self._bounds[document], self._bounds[document + 1]
 
-    def row_breaks(self, length: int) -> Ints | None:
+    def row_breaks(self, start: int, stop: int) -> Ints | None:
         ends = self._bounds[1:-1]
-        ends = ends[: np.searchsorted(ends, length)]
-        return ends if _FEW_ROWS * len(ends) <= length else None
+        ends = ends[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, stop)]
+        return ends if _FEW_ROWS * len(ends) <= stop - start else None
 
     def _codes(self, q0: Ints, k0: Ints, block_q: int, block_k: int) -> Ints:
         bounds = self._bounds

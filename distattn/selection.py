@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,47 +16,59 @@ from distattn.spans import Ints
 from distattn.summaries import Pooled, mean_keys
 
 
+class Scorers(NamedTuple):
+    """What scores for each of this rank's query tiles.
+
+    rows: [batch, n, heads, head_dim], queries as they are, or their means in the accumulator's dtype.
+    numbers: int64 [n]: the tiles' numbers.
+    """
+
+    rows: Tensor
+    numbers: Ints
+
+
 @torch.no_grad()
-def choose(q: Tensor, k: Tensor, levels: list[Pooled], plan: Plan, extras: AttentionExtras, scale: float) -> Tensor:
+def choose(
+    scorers: Scorers, k: Tensor, levels: list[Pooled], plan: Plan, extras: AttentionExtras, scale: float
+) -> Tensor:
     """int32 [batch, tables, tiles, most]: the chunks that this rank's query tiles choose, ascending, then -1.
 
     tables: key/value heads, or query heads (``TopChunks.heads``); tiles: tokens, or chunks of them (``per``).
+    scorers: made by :func:`scorers_of`, which needs no summaries.
     """
     hierarchy, select = plan.hierarchy, plan.spec.select
     assert hierarchy is not None and select is not None
     by = hierarchy.choosing
     keys = levels[0].keys if by.mass or hierarchy.level_is_chunks else mean_keys(k, plan, extras)
-    rows, numbers = _scoring_rows(q, plan)
+    rows, numbers = scorers
     share = plan.heads // hierarchy.kv_heads
     if not by.mass and select.heads == "kv" and share > 1:
         # The sum of products with one key is the product with the sum.
-        rows = rows.unflatten(2, (hierarchy.kv_heads, share)).sum(3, dtype=accumulator_dtype(q.dtype))
+        rows = rows.unflatten(2, (hierarchy.kv_heads, share)).sum(3, dtype=accumulator_dtype(rows.dtype))
     bias = None
     if by.mass:
-        exists = levels[0].bias.new_zeros(1).where(hierarchy.levels[0].on(q.device, "exists"), -torch.inf)
+        exists = levels[0].bias.new_zeros(1).where(hierarchy.levels[0].on(k.device, "exists"), -torch.inf)
         bias = levels[0].bias + exists[:, None]
-    choosers = Choosers(rows, numbers, hierarchy.on(q.device, "tile_chunk"), hierarchy.on(q.device, "tile_until"))
-    return choose_chunks(by, choosers, keys.to(rows.dtype), bias, hierarchy.on(q.device, "selectable"), scale)
+    choosers = Choosers(rows, numbers, *(hierarchy.on(k.device, name) for name in ("tile_chunk", "tile_until")))
+    return choose_chunks(by, choosers, keys.to(rows.dtype), bias, hierarchy.on(k.device, "selectable"), scale)
 
 
-def _scoring_rows(q: Tensor, plan: Plan) -> tuple[Tensor, Ints]:
-    """([batch, n, heads, head_dim], int64 [n]): what scores for each of this rank's tiles, and the tiles' numbers.
-
-    Queries as they are, or their means in the accumulator's dtype.
-    """
+@torch.no_grad()
+def scorers_of(q: Tensor, plan: Plan) -> Scorers:
+    """What chooses for this rank's queries."""
     hierarchy = plan.hierarchy
     assert hierarchy is not None
     if hierarchy.tile == 1:
-        return q, hierarchy.positions
+        return Scorers(q, hierarchy.positions)
     numbers = hierarchy.my_selectable
     means, _ = chunk_means(q, hierarchy.chunk)
     if not hierarchy.chooses_by_tile_before:
-        return means, numbers
+        return Scorers(means, numbers)
     rows = means
     if hierarchy.tile_before is not None:
         (others,) = torch.ops.distattn.gather_rows([means], plan.name, "tiles")
         rows = torch.cat((means, others), dim=1)
-    return rows[:, hierarchy.on(q.device, "rows_before")] if len(numbers) else means, numbers
+    return Scorers(rows[:, hierarchy.on(q.device, "rows_before")] if len(numbers) else means, numbers)
 
 
 def summary_table(chosen: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -174,13 +174,14 @@ class Extents:
     to: Ints
 
     @staticmethod
-    def of(pages: Ints, to: int) -> Extents:
-        """Ascending pages, one after the other from arena page ``to``."""
-        breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    def of(pages: Ints, to: int | Ints) -> Extents:
+        """Ascending pages: one after the other from arena page ``to``, or each where ``to`` says."""
+        to = to + np.arange(len(pages)) if isinstance(to, int) else to
+        breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(to) != 1)) + 1
         first = np.concatenate((np.zeros(1, np.int64), breaks)) if len(pages) else _NONE
         size = np.diff(np.append(first, len(pages)))
         start = pages[first]
-        return Extents(start, start + size, to + first)
+        return Extents(start, start + size, to[first])
 
     def joined(self, other: Extents) -> Extents:
         parts = [np.concatenate(x) for x in zip(self.astuple(), other.astuple(), strict=True)]

@@ -110,11 +110,11 @@ class Stage:
                 if work is None:
                     continue
                 if self.on_gpu:
-                    if not _capturing():  # a graph's exchanges are under way when it runs
-                        watch.look_after(self.name, work)
                     work.wait()
                 else:
                     work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            if self.on_gpu and not _capturing():  # a graph's exchanges are under way when it runs
+                watch.look_after(self.name)
         watch.waiting = ""
         if watch.verdict is not None:
             raise watch.verdict
@@ -130,7 +130,7 @@ class Watch:
         self.verdict: DistattnError | None = None
         self.starting: tuple[str, float] | None = None  # an exchange on a GPU, and since when
         self._beat = 0
-        self._under_way: deque[tuple[str, dist.Work, float]] = deque()
+        self._under_way: deque[tuple[str, torch.cuda.Event, float]] = deque()
         self._questions: queue.SimpleQueue[queue.SimpleQueue[Notes | None] | None] = queue.SimpleQueue()
         # A client of its own: one that waits for a key lets nobody else speak meanwhile.
         kinds = {device.type for device in group._device_types}
@@ -168,9 +168,15 @@ class Watch:
         yield
         self.waiting = ""
 
-    def look_after(self, name: str, work: dist.Work) -> None:
-        """Lets the thread see to it that work on a GPU ends within the deadline."""
-        self._under_way.append((name, work, time.monotonic()))
+    def look_after(self, name: str) -> None:
+        """Lets the thread see to it that the current stream, which has been told to wait for an exchange, gets past it
+        within the deadline.
+
+        The work of torch.distributed would tell, too, but holds what was received for as long as it is held.
+        """
+        event = torch.cuda.Event()
+        event.record()
+        self._under_way.append((name, event, time.monotonic()))
 
     def explain(
         self, name: str, error: BaseException | None, silent: type[DistattnError] = StepTimeout
@@ -349,7 +355,7 @@ class Watch:
         if not (under_way or starting) or self.verdict is not None:
             return
         problem = self._device_error()  # first: what has failed counts as completed
-        while problem is None and under_way and under_way[0][1].is_completed():
+        while problem is None and under_way and under_way[0][1].query():
             under_way.popleft()
         oldest = (under_way[0][0], under_way[0][2]) if under_way else starting
         if oldest is None or (problem is None and time.monotonic() < oldest[1] + self.deadline):

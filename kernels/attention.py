@@ -27,6 +27,7 @@ from torch import Tensor
 
 from distattn.kernels import attention_torch
 from distattn.kernels.launching import Recording, kinds
+from distattn.kernels.rows import copy_tiles
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 
@@ -65,34 +66,44 @@ def attention_forward(
     lse: Tensor,
     *,
     scale: float,
-    resume: bool = False,
+    before: Tensor | None = None,
     bias: Biases | None = None,
 ) -> None:
     """Writes ``out`` and ``lse`` of the query tiles that visit something; the others are left alone.
+
+    With ``before`` it goes on from pages visited earlier, and writes what comes of both together; then tiles that visit
+    nothing have in ``out`` what ``before`` has.
+
     Args:
         q: [batch, tokens, heads, head_dim].
         own: the rank's own K and V, read in place.
         guests: received pages, ``table.guest_pages * table.block_k`` rows.
         table: what each query tile visits; a ValueError if it is a SelectedTable that ``own`` does not fit.
-        out: [batch, tokens, heads, value_dim], written. With ``resume`` also read, and then it has the accumulator's
-            dtype (see :func:`accumulator_dtype`).
-        lse: [batch, tokens, heads] in the accumulator's dtype, natural logarithm, written. With ``resume`` also read.
+        out: [batch, tokens, heads, value_dim], written, in any dtype.
+        lse: [batch, tokens, heads] in the accumulator's dtype (see :func:`accumulator_dtype`), natural logarithm,
+            written. With ``before`` also read.
         scale: factor of the scores.
-        resume: continue from the (out, lse) of pages visited before, and write those of both together.
+        before: of the shape of ``out`` in the accumulator's dtype, the ``out`` of pages visited earlier, whose ``lse``
+            is there; it may be ``out`` itself.
         bias: what is added to the scores of each key; nothing if None.
     """
+    if before is not None and before is not out:
+        empty = table.empty_rows(q.device)
+        if empty is not None:
+            copy_tiles(before, out, empty, table.head_table, table.block_q)
     if table.is_empty:
         return
     if isinstance(table, SelectedTable):
         table.check_rows(own.k.shape[1])
-    given = (q, *own, *guests, out, lse, *(bias or ()))
+    resume = before is not None
+    given = (q, *own, *guests, out, lse, out if before is None else before, *(bias or ()))
     key = ("forward", scale, resume, kinds(given))
     if recorded := table.recordings.get(key):
         recorded.replay(given)
         return
     kernel = choose(q, own, guests, table, out, scale, bias).kernel
     if kernel == "torch":
-        attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, resume, bias)
+        attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, before, bias)
         return
     rows = given if kernel == "hopper" else (*map(_with_dense_rows, given[:5]), *given[5:])
     recording = Recording(rows, again=isinstance(table, TileTable))  # what is selected is selected anew for each call
@@ -235,8 +246,6 @@ def choose(
             return Choice("triton", "the tiles were selected on the GPU, and this is the backward pass")
         if table.has_masks and table.mask_rows > 1:
             return Choice("triton", "the tiles were selected on the GPU, and masks have a row for each query")
-        if rows.dtype != torch.float32:
-            return Choice("triton", "the tiles were selected on the GPU, and the output has 16 bits")
         if not _heads_in_pairs(table, own.k.shape[2]):
             return Choice("triton", "the tiles were selected on the GPU, and heads that share them are not pairs")
     elif bias is not None:

@@ -194,9 +194,9 @@ def store_part(slot_out, slot_lse, at, acc, factor, row_lse):
 
 @gluon.jit
 def rows_before(
-    out, lse, first_row, tokens, out_n, lse_n, V_DIM: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr
+    before, lse, first_row, tokens, before_n, lse_n, V_DIM: gl.constexpr, SCORES: gl.constexpr, ACC: gl.constexpr
 ):  # fmt: skip
-    """lse [64], in base 2, and out [64, V_DIM] of one head's rows, as launches before have left them.
+    """lse [64], in base 2, and before [64, V_DIM] of one head's rows, as earlier launches have left them.
 
     It is apart from :func:`store_rows_continued` so that these loads can be issued early.
     """
@@ -205,14 +205,14 @@ def rows_before(
     column = gl.arange(0, V_DIM, gl.SliceLayout(0, ACC))
     old_lse = gl.load(lse + row.to(gl.int64) * lse_n, mask=row < tokens, other=float("-inf")) * LOG2_E
     there = (acc_row < tokens)[:, None] & (column < V_DIM)[None, :]
-    return old_lse, gl.load(out + acc_row[:, None] * out_n + column[None, :], mask=there, other=0.0)
+    return old_lse, gl.load(before + acc_row[:, None] * before_n + column[None, :], mask=there, other=0.0)
 
 
 @gluon.jit
 def store_rows_continued(
     out, lse, first_row, tokens, out_n, lse_n, acc, factor, row_lse, old_lse, old, RESUME: gl.constexpr
 ):  # fmt: skip
-    """64 rows of one head, whose float32 output other launches go on with; RESUME: together with what is there."""
+    """64 rows of one head: earlier launches have a part in them (RESUME), or later ones will."""
     SCORES: gl.constexpr = row_lse.type.layout
     BY_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     row = first_row + gl.arange(0, GROUP_ROWS, SCORES)
@@ -230,14 +230,14 @@ def store_rows_continued(
     else:
         acc = acc * gl.convert_layout(factor, BY_ROW)[:, None]
     there = (acc_row < tokens)[:, None] & (column < acc.shape[1])[None, :]
-    gl.store(out + acc_row[:, None] * out_n + column[None, :], acc, mask=there)
+    gl.store(out + acc_row[:, None] * out_n + column[None, :], acc.to(out.dtype.element_ty), mask=there)
     gl.store(lse + row.to(gl.int64) * lse_n, row_lse * LN_2, mask=row < tokens)
 
 
 @gluon.jit
 def _multiply(
-    out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks,
-    tokens, tiles, most, numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values,
+    out, lse, before, slot_out, slot_lse, items, item_ptr, units, part_mask, masks,
+    tokens, tiles, most, numbers, scale, out_n, out_h, lse_n, lse_h, before_n, before_h, queries, keys, values,
     GROUP: gl.constexpr, SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr,
     MASKS: gl.constexpr, CONTINUED: gl.constexpr, RESUME: gl.constexpr,
 ):  # fmt: skip
@@ -314,7 +314,8 @@ def _multiply(
                 old_lse = 0.0
                 old = 0.0
                 if RESUME:
-                    old_lse, old = rows_before(out_rows, lse_rows, row, tokens, out_n, lse_n, V_DIM, SCORES, ACC)
+                    old_rows = before + head * before_h
+                    old_lse, old = rows_before(old_rows, lse_rows, row, tokens, before_n, lse_n, V_DIM, SCORES, ACC)
                 store_rows_continued(
                     out_rows, lse_rows, row, tokens, out_n, lse_n, acc, factor, row_lse, old_lse, old, RESUME
                 )  # fmt: skip
@@ -332,15 +333,15 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["tokens", "own_pages", "tiles", "most", "numbers"])
 def _forward(
-    q, k, v, guest_k, guest_v, out, lse, slot_out, slot_lse,
+    q, k, v, guest_k, guest_v, out, lse, before, slot_out, slot_lse,
     items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_pages, tiles, most, numbers, scale,
-    q_h, k_h, v_h, guest_k_h, guest_v_h, out_n, out_h, lse_n, lse_h,
+    q_h, k_h, v_h, guest_k_h, guest_v_h, out_n, out_h, lse_n, lse_h, before_n, before_h,
     SIDE_BY_SIDE: gl.constexpr, ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr, MASKS: gl.constexpr,
     CONTINUED: gl.constexpr, RESUME: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """MASKS: some page is PARTIAL. CONTINUED: out is a pointer to float32 that stages continue,
-    and not a descriptor."""
+    """MASKS: some page is PARTIAL. CONTINUED: other launches have a part in out, which is a pointer and not a
+    descriptor."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     DIM: gl.constexpr = q.block_type.shape[1]
     V_DIM: gl.constexpr = v.block_type.shape[1]
@@ -368,13 +369,13 @@ def _forward(
     gl.warp_specialize(
         [
             (_multiply, (
-                out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
-                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, 0, SIDE_BY_SIDE,
+                out, lse, before, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
+                numbers, scale, out_n, out_h, lse_n, lse_h, before_n, before_h, queries, keys, values, 0, SIDE_BY_SIDE,
                 ONE_TABLE, ALL_HEADS, MASKS, CONTINUED, RESUME,
             )),
             (_multiply, (
-                out, lse, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
-                numbers, scale, out_n, out_h, lse_n, lse_h, queries, keys, values, 1, SIDE_BY_SIDE,
+                out, lse, before, slot_out, slot_lse, items, item_ptr, units, part_mask, masks, tokens, tiles, most,
+                numbers, scale, out_n, out_h, lse_n, lse_h, before_n, before_h, queries, keys, values, 1, SIDE_BY_SIDE,
                 ONE_TABLE, ALL_HEADS, MASKS, CONTINUED, RESUME,
             )),
             (_fetch, (
@@ -389,8 +390,8 @@ def _forward(
 
 
 def forward(recording: Recording, table: TileTable, scale: float, resume: bool) -> None:
-    """As attention.attention_forward says, of the tensors that the recording is given: q, own, guests, out, lse."""
-    q, *pages, out, lse = recording.given
+    """As attention.attention_forward says; the recording is given q, own, guests, out, lse, before (or out)."""
+    q, *pages, out, lse, before = recording.given
     device, (tokens, heads), (kv_heads, v_dim) = q.device, q.shape[1:3], pages[1].shape[2:]
     programs = programs_at_once(device)
     work = query_work(table, device, programs)
@@ -400,7 +401,7 @@ def forward(recording: Recording, table: TileTable, scale: float, resume: bool) 
     slot_out = recording.temporary(work.slots, heads, table.block_q, v_dim)
     slot_lse = recording.temporary(work.slots, heads, table.block_q)
     numbers = len(units) * work.most
-    continued = out.dtype == torch.float32
+    continued = resume or out.dtype == torch.float32
     if not pages[2].shape[1]:
         pages[2:] = pages[:2]  # a descriptor of nothing is not to be had
     heads_apart = [x.strides[2] for x in (q, *pages)]
@@ -409,11 +410,11 @@ def forward(recording: Recording, table: TileTable, scale: float, resume: bool) 
         recording.launch(
             _forward, (waves_of(work, numbers, programs),),
             rows_of(q, b, 64), *(rows_of(x, b, 128) for x in pages),
-            out.at(b) if continued else rows_of(out, b, 64), lse.at(b), slot_out, slot_lse,
+            out.at(b) if continued else rows_of(out, b, 64), lse.at(b), before.at(b), slot_out, slot_lse,
             work.items, work.item_ptr, units, visits.full_first, visits.full_count, visits.part_other,
             visits.part_mask, visits.masks, tokens, table.own_pages, table.tiles, work.most, numbers,
-            scale * LOG2_E.value, *heads_apart, *out.strides[1:3], *lse.strides[1:],
+            scale * LOG2_E.value, *heads_apart, *out.strides[1:3], *lse.strides[1:], *before.strides[1:3],
             SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads, MASKS=len(table.part_page) > 0,
             CONTINUED=continued, RESUME=resume, num_warps=4,
         )  # fmt: skip
-        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, 1, resume)
+        merge_slots(recording, out, lse, before if resume else None, b, slot_out, slot_lse, table, work, units, 1)

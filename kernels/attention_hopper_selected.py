@@ -291,7 +291,7 @@ def _make_lines(
 
 @gluon.jit
 def _multiply(
-    out, lse, slot_out, slot_lse, tokens, numbers, scale, out_n, out_h, lse_n, lse_h,
+    out, lse, before, slot_out, slot_lse, tokens, numbers, scale, out_n, out_h, lse_n, lse_h, before_n, before_h,
     queries, notes, keys, values, lines,
     GROUP: gl.constexpr, ALL_HEADS: gl.constexpr, PAGE: gl.constexpr, LINED: gl.constexpr, RESUME: gl.constexpr,
 ):  # fmt: skip
@@ -348,7 +348,7 @@ def _multiply(
             if RESUME:  # loaded beside the last product
                 rows = gl.where(slot < 0, tokens, 0)
                 old_lse, old = rows_before(
-                    out_rows, lse_rows, tile * GROUP_ROWS, rows, out_n, lse_n, V_DIM, SCORES, ACC
+                    before + head * before_h, lse_rows, tile * GROUP_ROWS, rows, before_n, lse_n, V_DIM, SCORES, ACC
                 )  # fmt: skip
             row_total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES))
             row_lse = high + gl.log2(row_total)
@@ -369,9 +369,9 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most", "numbers"])
 def _forward(
-    q, k, v, guest_k, guest_v, bias, guest_bias, out, lse, slot_out, slot_lse, items, item_ptr, units, pages, mask_of,
-    masks, tokens, own_rows, own_pages, tiles, most, numbers, scale, q_h, k_h, v_h, guest_k_h, guest_v_h,
-    bias_n, bias_h, guest_bias_n, guest_bias_h, out_n, out_h, lse_n, lse_h,
+    q, k, v, guest_k, guest_v, bias, guest_bias, out, lse, before, slot_out, slot_lse, items, item_ptr, units, pages,
+    mask_of, masks, tokens, own_rows, own_pages, tiles, most, numbers, scale, q_h, k_h, v_h, guest_k_h, guest_v_h,
+    bias_n, bias_h, guest_bias_n, guest_bias_h, out_n, out_h, lse_n, lse_h, before_n, before_h,
     K_LAYOUT: gl.constexpr, V_LAYOUT: gl.constexpr, V_DIM: gl.constexpr, SIDE_BY_SIDE: gl.constexpr,
     ONE_TABLE: gl.constexpr, ALL_HEADS: gl.constexpr, MASKS: gl.constexpr, BIAS: gl.constexpr, RESUME: gl.constexpr,
     num_warps: gl.constexpr,
@@ -410,12 +410,12 @@ def _forward(
     gl.warp_specialize(
         [
             (_multiply, (
-                out, lse, slot_out, slot_lse, tokens, numbers, scale, out_n, out_h, lse_n, lse_h,
-                queries, notes, keys, values, lines, 0, ALL_HEADS, PAGE, LINED, RESUME,
+                out, lse, before, slot_out, slot_lse, tokens, numbers, scale, out_n, out_h, lse_n, lse_h, before_n,
+                before_h, queries, notes, keys, values, lines, 0, ALL_HEADS, PAGE, LINED, RESUME,
             )),
             (_multiply, (
-                out, lse, slot_out, slot_lse, tokens, numbers, scale, out_n, out_h, lse_n, lse_h,
-                queries, notes, keys, values, lines, 1, ALL_HEADS, PAGE, LINED, RESUME,
+                out, lse, before, slot_out, slot_lse, tokens, numbers, scale, out_n, out_h, lse_n, lse_h, before_n,
+                before_h, queries, notes, keys, values, lines, 1, ALL_HEADS, PAGE, LINED, RESUME,
             )),
             (_fetch_keys, (
                 q, k, guest_k, items, item_ptr, units, pages, own_pages, tiles, most, numbers, q_h, k_h, guest_k_h,
@@ -437,9 +437,9 @@ def _forward(
 def forward(recording: Recording, table: SelectedTable, scale: float, resume: bool, has_bias: bool) -> None:
     """As attention.attention_forward says; ``choose`` there says of what.
 
-    The recording is given q, own, guests, out, lse and, with ``has_bias``, bias.
+    The recording is given q, own, guests, out, lse, before (or out) and, with ``has_bias``, bias.
     """
-    q, k, v, guest_k, guest_v, out, lse, *bias = recording.given
+    q, k, v, guest_k, guest_v, out, lse, before, *bias = recording.given
     device, (tokens, heads), (kv_heads, v_dim) = q.device, q.shape[1:3], v.shape[2:]
     programs = programs_at_once(device)
     work = query_work(table, device, programs)
@@ -460,12 +460,12 @@ def forward(recording: Recording, table: SelectedTable, scale: float, resume: bo
         recording.launch(
             _forward, (waves_of(work, numbers, programs),),
             rows_of(q, b, 64), *(rows_of(x, b, rows, 64) for x in there), *(x.at(b) for x in biases),
-            out.at(b), lse.at(b), slot_out, slot_lse, work.items, work.item_ptr, units, pages, visits.part_mask,
-            visits.masks, tokens, k.shape[1], table.own_pages, table.tiles, work.most, numbers,
+            out.at(b), lse.at(b), before.at(b), slot_out, slot_lse, work.items, work.item_ptr, units, pages,
+            visits.part_mask, visits.masks, tokens, k.shape[1], table.own_pages, table.tiles, work.most, numbers,
             scale * LOG2_E.value, *(x.strides[2] for x in (q, *there)),
-            *(n for x in (*biases, out, lse) for n in x.strides[1:3]),
+            *(n for x in (*biases, out, lse, before) for n in x.strides[1:3]),
             K_LAYOUT=shared_layout((128, dim), q.dtype), V_LAYOUT=shared_layout((128, v_dim), q.dtype),
             V_DIM=v_dim, SIDE_BY_SIDE=side_by_side, ONE_TABLE=work.one_table, ALL_HEADS=heads,
             MASKS=table.has_masks, BIAS=has_bias, RESUME=resume, num_warps=4,
         )  # fmt: skip
-        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, size, resume)
+        merge_slots(recording, out, lse, before if resume else None, b, slot_out, slot_lse, table, work, units, size)

@@ -38,7 +38,7 @@ def forward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    resume: bool,
+    before: Tensor | None,
     bias: Biases | None,
 ) -> None:
     dtype = lse.dtype
@@ -46,6 +46,7 @@ def forward(
         q_tiles = _Blocks(q[b][:, heads], table.block_q)
         out_tiles = _Blocks(out[b][:, heads], table.block_q)
         lse_tiles = _Blocks(lse[b][:, heads], table.block_q)
+        tiles_before = None if before is None else _Blocks(before[b][:, heads], table.block_q)
         pages_k = _Blocks(own.k[b, :, kv_head], table.block_k, guests.k[b, :, kv_head])
         pages_v = _Blocks(own.v[b, :, kv_head], table.block_k, guests.v[b, :, kv_head])
         biases = _blocks_of_biases(bias, b, kv_head, table.block_k)
@@ -57,11 +58,11 @@ def forward(
             high = rows.new_full((n, m, 1), LOWEST)
             total = rows.new_zeros((n, m, 1))
             acc = rows.new_zeros((n, m, out.shape[-1]))
-            if resume:
-                before = lse_tiles.gather(at).flatten(1, 2).unsqueeze(-1)
-                high = before.clamp_min(LOWEST)
-                total = (before - high).exp()
-                acc = out_tiles.gather(at).flatten(1, 2) * total
+            if tiles_before is not None:
+                old_lse = lse_tiles.gather(at).flatten(1, 2).unsqueeze(-1)
+                high = old_lse.clamp_min(LOWEST)
+                total = (old_lse - high).exp()
+                acc = tiles_before.gather(at).flatten(1, 2) * total
             for some, pages, masks in _steps(table, batch + row0):
                 here = slice(None) if len(some) == n else _index(some, q)
                 page_index = _index(pages.ravel(), q)

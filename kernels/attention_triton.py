@@ -87,11 +87,11 @@ def _visit_listed(
 
 @triton.jit(do_not_specialize=["tokens", "own_rows", "own_pages", "tiles", "most"])
 def _forward(
-    q, out, lse, k, v, guest_k, guest_v, bias, guest_bias, slot_out, slot_lse,
+    q, out, lse, before, k, v, guest_k, guest_v, bias, guest_bias, slot_out, slot_lse,
     items, item_ptr, units, full_first, full_count, part_page, part_mask, masks,
     tokens, own_rows, own_pages, tiles, most, scale,
-    q_n, q_h, out_n, out_h, lse_n, lse_h, k_n, k_h, v_n, v_h, guest_k_n, guest_k_h, guest_v_n, guest_v_h,
-    bias_n, bias_h, guest_bias_n, guest_bias_h,
+    q_n, q_h, out_n, out_h, lse_n, lse_h, before_n, before_h, k_n, k_h, v_n, v_h, guest_k_n, guest_k_h,
+    guest_v_n, guest_v_h, bias_n, bias_h, guest_bias_n, guest_bias_h,
     MASK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     HEADS: tl.constexpr, HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, ONE_TABLE: tl.constexpr,
@@ -129,10 +129,11 @@ def _forward(
     lse_at = lse + row * lse_n + head * lse_h
     if RESUME:
         if slot < 0:
-            before = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
-            high = tl.maximum(before, LOWEST)
-            total = tl.exp2(before - high)
-            acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
+            old_lse = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
+            high = tl.maximum(old_lse, LOWEST)
+            total = tl.exp2(old_lse - high)
+            before_at = before + (row * before_n + head * before_h)[:, None] + dv
+            acc = tl.load(before_at, mask=out_mask, other=0.0) * total[:, None]
 
     begin, end, full = partial_range(item)
     if LISTED:  # several pages at a time
@@ -221,9 +222,9 @@ def heads_together(block_q: int, dtype: torch.dtype) -> int:
 def forward(recording: Recording, table: AnyTable, scale: float, resume: bool, has_bias: bool) -> None:
     """As attention.attention_forward says.
 
-    The recording is given q, own, guests, out, lse and, with ``has_bias``, bias.
+    The recording is given q, own, guests, out, lse, before (or out) and, with ``has_bias``, bias.
     """
-    q, k, v, guest_k, guest_v, out, lse, *bias = recording.given
+    q, k, v, guest_k, guest_v, out, lse, before, *bias = recording.given
     device, dtype, (_, tokens, heads, dim), (kv_heads, v_dim) = q.device, q.dtype, q.shape, v.shape[2:]
     work = query_work(table, device, programs_at_once(device))
     if work.most == 0:
@@ -239,7 +240,7 @@ def forward(recording: Recording, table: AnyTable, scale: float, resume: bool, h
     slot_out = recording.temporary(work.slots, heads, table.block_q, v_dim)
     slot_lse = recording.temporary(work.slots, heads, table.block_q)
     # Any pointer will do where none is read.
-    tensors = (q, out, lse, k, v, guest_k, guest_v, *(bias or (lse, lse)))
+    tensors = (q, out, lse, before, k, v, guest_k, guest_v, *(bias or (lse, lse)))
     for b in range(q.shape[0]):
         recording.launch(
             _forward, (len(units) * work.most,), *(x.at(b) for x in tensors), slot_out, slot_lse,
@@ -252,4 +253,4 @@ def forward(recording: Recording, table: AnyTable, scale: float, resume: bool, h
             LISTED=whole and chosen.columns > page_rows, MASKS=table.has_masks, STAGES=chosen.stages,
             PRECISION=precision(dtype), num_warps=chosen.warps,
         )  # fmt: skip
-        merge_slots(recording, out, lse, b, slot_out, slot_lse, table, work, units, size, resume)
+        merge_slots(recording, out, lse, before if resume else None, b, slot_out, slot_lse, table, work, units, size)

@@ -73,5 +73,6 @@ def decode_attention(
         own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
         biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
         on_host = table.on_host if isinstance(table, SelectedTable) else table
-        attention_torch.forward(q.unsqueeze(0), own, nothing, on_host, out, lse, scale, number > 0, biases)
+        before = out if number else None
+        attention_torch.forward(q.unsqueeze(0), own, nothing, on_host, out, lse, scale, before, biases)
     return out[0].to(dtype or wide), lse[0]

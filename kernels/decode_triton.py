@@ -24,6 +24,7 @@ from torch import Tensor
 from distattn.kernels.attention_triton import precision
 from distattn.kernels.launching import Launches, Recording, multiprocessors
 from distattn.kernels.selected import AnyTable, SelectedTable
+from distattn.kernels.uploads import upload
 from distattn.kernels.walk_triton import LN_2, LOG2_E, LOWEST
 from distattn.kernels.work import query_units
 from distattn.spans import Ints, concat_ranges
@@ -229,7 +230,7 @@ def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) ->
         units = query_units(table.head_table, kv_heads, 16, torch.device("cpu"))
         programs, places, numbers = _programs(units, table.tiles, (table.part_pages, table.full_pages), first, at_once)
         run_page = concat_ranges(table.full_first.astype(np.int64), table.full_count.astype(np.int64))
-        arrays = _together((programs, places, run_page, table.part_page, table.part_mask), device)
+        arrays = upload([_padded(x) for x in (programs, places, run_page, table.part_page, table.part_mask)], device)
         words = table.masks.words(device) if len(table.masks) else arrays[0]  # any will do where none is read
         table.cache[name] = Split(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], words, *numbers)
     found: Split = table.cache[name]
@@ -251,7 +252,7 @@ def _selected(
     counts = (every, none) if masked else (none, every)
     units = query_units(head_table, kv_heads, 16, torch.device("cpu"))
     programs, places, numbers = _programs(units, shape[1], counts, (first, first), at_once)
-    some, others = _together((programs, places), device)
+    some, others = upload([_padded(programs), _padded(places)], device)
     return some, others, numbers
 
 
@@ -283,14 +284,11 @@ def _programs(
     return np.stack(columns, axis=1), places, numbers
 
 
-def _together(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
-    """Arrays as flat int32 tensors, copied at once; each begins where 16 bytes do, and has an entry more."""
-    sizes = [(array.size // 4 + 1) * 4 for array in arrays]
-    flat = np.zeros(sum(sizes), np.int32)
-    for array, stop in zip(arrays, np.cumsum(sizes), strict=True):
-        size = (array.size // 4 + 1) * 4
-        flat[stop - size : stop - size + array.size] = array.ravel()
-    return list(torch.from_numpy(flat).to(device).split(sizes))
+def _padded(array: NDArray[np.integer]) -> NDArray[np.int32]:
+    """Flat, with an entry more at least, and a multiple of 4: so that there are fewer kinds of calls."""
+    flat = np.zeros((array.size // 4 + 1) * 4, np.int32)
+    flat[: array.size] = array.ravel()
+    return flat
 
 
 class How(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distattn.kernels.uploads import upload
 from distattn.spans import Bools, Ints, ranks, renumber
 
 
@@ -87,8 +88,8 @@ class Masks:
     def words(self, device: torch.device) -> Tensor:
         """int32 [n, rows, ceil(columns / 32)] on a device: column c is bit c % 32 of word c // 32."""
         if not self.are_intervals:
-            return torch.from_numpy(self.data.view(np.int32)).to(device)
-        ends = torch.from_numpy(self.data).to(device).long().unsqueeze(-1)
+            return upload([self.data.view(np.int32)], device)[0]
+        ends = upload([self.data], device)[0].long().unsqueeze(-1)
         first = 32 * torch.arange(-(-self.columns // 32), device=device)
         # Of each word the bits below stop, less those below start.
         below = 1 << (ends - first).clamp(0, 32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
@@ -50,6 +50,14 @@ class Places:
     def count(self) -> int:
         """How many rows."""
         return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+
+    @cached_property
+    def span(self) -> tuple[int, int] | None:
+        """(first, stop) where the rows follow one another; None where they do not."""
+        if not len(self.runs):
+            return 0, 0
+        together = bool((self.runs[1:, 0] == self.runs[:-1, 1]).all())
+        return (int(self.runs[0, 0]), int(self.runs[-1, 1])) if together else None
 
     @cached_property
     def index(self) -> Tensor:
@@ -94,19 +102,16 @@ def pack_rows(tensors: Sequence[Tensor], places: Places) -> Tensor:
     return torch.cat([_heads(_taken(x, part), part.heads).reshape(-1) for part in parts for x in tensors])
 
 
-def rows_in_place(x: Tensor, places: Sequence[Places]) -> Tensor | None:
-    """A flat view of rows of x, those of several places one after the other, in the form of :func:`pack_rows`.
+def rows_in_place(x: Tensor, places: Places) -> Tensor | None:
+    """A flat view of rows of x, in the form of :func:`pack_rows`.
 
     None where they do not lie in memory like that: batches of several, some heads only, rows that do not follow one
     another.
     """
-    runs = [run for part in places for run in part.runs.tolist()]
-    if not runs:
-        return x.new_empty(0)
-    whole = x.shape[0] == 1 and x[0].is_contiguous() and all(len(part.heads) == x.shape[2] for part in places)
-    if not whole or any(stop != first for (_, stop), (first, _) in pairwise(runs)):
+    if places.span is None or x.shape[0] != 1 or len(places.heads) != x.shape[2] or not x.is_contiguous():
         return None
-    return x[0, runs[0][0] : runs[-1][1]].flatten()
+    first, stop = places.span
+    return x[0, first:stop].flatten()
 
 
 def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None:
@@ -126,7 +131,7 @@ def split_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> list[
     """What :func:`pack_rows` made, by tensor: [batch, count, heads, dim] each, without a copy. Not of joined places."""
     assert not places.parts
     shapes = [(x.shape[0], places.count, len(places.heads), x.shape[3]) for x in tensors]
-    parts = flat.split([int(np.prod(shape)) for shape in shapes])
+    parts = flat.split([prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -155,35 +160,37 @@ def store_rows(targets: Sequence[Tensor], at: Tensor, rows: Sequence[Tensor]) ->
         target[at] = x.to(target.dtype)
 
 
-def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
-    """[n, batch, chunk, dim]: chunks of rows of x, one head each; zeros beyond its last row.
+def take_chunks(tensors: tuple[Tensor, Tensor], page: Tensor, head: Tensor, chunk: int) -> Tensor:
+    """[n, batch, chunk, x dim + y dim]: chunks of rows of two tensors, one head each, zeros beyond the last row.
 
-    x: [batch, rows, heads, dim], any strides. page, head: int64 [n]: rows page * chunk .. of that head.
+    tensors: x and y [batch, rows, heads, dim], of one dtype, any strides; a row of y comes behind that of x.
+    page, head: int64 [n]: rows page * chunk .. of that head.
     """
-    if x.is_cuda:
+    if tensors[0].is_cuda:
         from distattn.kernels import rows_triton
 
-        return rows_triton.take_chunks(x, page, head, chunk)
-    padding = -x.shape[1] % chunk
-    whole = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk))
-    taken: Tensor = whole[:, page, :, head]
-    return taken.contiguous()
+        return rows_triton.take_chunks(tensors, page, head, chunk)
+    padding = -tensors[0].shape[1] % chunk
+    whole = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)) for x in tensors]
+    return torch.cat([x[:, page, :, head] for x in whole], dim=-1)
 
 
-def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
-    """Adds to x what :func:`take_chunks` takes, values [n, batch, chunk, dim]; no chunk of a head may be twice."""
-    if x.is_cuda:
+def add_chunks(tensors: tuple[Tensor, Tensor], page: Tensor, head: Tensor, values: Tensor) -> None:
+    """Adds what :func:`take_chunks` takes, values [n, batch, chunk, x dim + y dim], to where it was taken from; no
+    chunk of a head may be twice."""
+    if tensors[0].is_cuda:
         from distattn.kernels import rows_triton
 
-        rows_triton.add_chunks(x, page, head, values)
+        rows_triton.add_chunks(tensors, page, head, values)
         return
     chunk = values.shape[2]
-    whole = x.shape[1] // chunk
-    by_chunk = x[:, : whole * chunk].unflatten(1, (whole, chunk))
-    short = page == whole
-    by_chunk[:, page[~short], :, head[~short]] += values[~short]
-    for part, last in zip(values[short], head[short].tolist(), strict=True):
-        x[:, whole * chunk :, last] += part[:, : x.shape[1] - whole * chunk]
+    for x, part in zip(tensors, values.split([x.shape[3] for x in tensors], dim=3), strict=True):
+        whole = x.shape[1] // chunk
+        by_chunk = x[:, : whole * chunk].unflatten(1, (whole, chunk))
+        short = page == whole
+        by_chunk[:, page[~short], :, head[~short]] += part[~short]
+        for rows, last in zip(part[short], head[short].tolist(), strict=True):
+            x[:, whole * chunk :, last] += rows[:, : x.shape[1] - whole * chunk]
 
 
 def _heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
@@ -211,6 +218,21 @@ def _each_run(x: Tensor, places: Places, values: Tensor, apply: Callable[[Tensor
     old = x[where]
     apply(old, values)
     x[where] = old
+
+
+def copy_tiles(x: Tensor, out: Tensor, tiles: Tensor, head_table: tuple[int, ...], block: int) -> None:
+    """Copies tiles of x to out, which may have another dtype.
+
+    x, out: [batch, tokens, heads, dim]. tiles: bool [tables, tiles], which tiles of ``block`` tokens, by the table of a
+    head.
+    """
+    if x.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.copy_tiles(x, out, tiles, head_table, block)
+        return
+    rows = tiles[list(head_table)].repeat_interleave(block, 1)[:, : x.shape[1]].T
+    out[:, rows] = x[:, rows].to(out.dtype)
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from distattn.kernels.launching import Launches, Recording, kinds
 from distattn.kernels.rows import Places
+from distattn.kernels.walk_triton import UNIT_SIZE
+from distattn.kernels.work import query_units
 
 _STORES = Launches()
 _PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -148,49 +150,102 @@ def _record_store(recording: Recording) -> None:
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _move_chunks(
-    x, flat, pages, heads, rows, x_b, x_n, x_h, x_d,
-    WAY: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _move_chunk(
+    x, flat, at, flat_row, inside, rows, batch, head, x_b, x_n, x_h, x_d,
+    WAY: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (number, rows, batch): ROWS rows of one chunk between x, which has ``rows`` rows, and flat.
-
-    flat: [n, batch, CHUNK, DIM].
-    """
-    number = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    batch = tl.program_id(2)
-    at = tl.load(pages + number).to(tl.int64) * CHUNK + row
+    """Rows ``at`` of a head of x, which has ``rows``, and rows ``flat_row`` of flat, WIDTH numbers apart."""
     d = tl.arange(0, DIM_2).to(tl.int64)
-    inside = (row < CHUNK)[:, None] & (d < DIM)
+    inside = inside[:, None] & (d < DIM)
     there = inside & (at < rows)[:, None]
-    x_at = x + batch.to(tl.int64) * x_b + tl.load(heads + number) * x_h + at[:, None] * x_n + d * x_d
-    flat_at = flat + ((number * tl.num_programs(2) + batch) * CHUNK + row)[:, None] * DIM + d
+    x_at = x + batch * x_b + head * x_h + at[:, None] * x_n + d * x_d
+    flat_at = flat + flat_row[:, None] * WIDTH + d
     if WAY == _PACK:
         tl.store(flat_at, tl.load(x_at, mask=there, other=0.0), mask=inside)
     else:
         tl.store(x_at, tl.load(x_at, mask=there) + tl.load(flat_at, mask=there), mask=there)
 
 
-def _chunks(x: Tensor, flat: Tensor, page: Tensor, head: Tensor, way: tl.constexpr) -> None:
-    batch, chunk, dim = flat.shape[1:]
+@triton.jit(do_not_specialize=["rows"])
+def _move_chunks(
+    x, y, flat, pages, heads, rows, x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d, WAY: tl.constexpr, CHUNK: tl.constexpr,
+    X_DIM: tl.constexpr, X_DIM_2: tl.constexpr, Y_DIM: tl.constexpr, Y_DIM_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (number, rows, batch and tensor): ROWS rows of one chunk between x or y, which have ``rows`` rows, and
+    flat [n, batch, CHUNK, X_DIM + Y_DIM]."""
+    number = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(2) // 2).to(tl.int64)
+    at = tl.load(pages + number).to(tl.int64) * CHUNK + row
+    head = tl.load(heads + number)
+    flat_row = (number * (tl.num_programs(2) // 2) + batch) * CHUNK + row
+    inside = row < CHUNK
+    if tl.program_id(2) % 2 == 0:
+        _move_chunk(
+            x, flat, at, flat_row, inside, rows, batch, head, x_b, x_n, x_h, x_d, WAY, X_DIM, X_DIM_2, X_DIM + Y_DIM
+        )  # fmt: skip
+    else:
+        _move_chunk(
+            y, flat + X_DIM, at, flat_row, inside, rows, batch, head, y_b, y_n, y_h, y_d, WAY, Y_DIM, Y_DIM_2,
+            X_DIM + Y_DIM,
+        )  # fmt: skip
+
+
+def _chunks(tensors: tuple[Tensor, Tensor], flat: Tensor, page: Tensor, head: Tensor, way: tl.constexpr) -> None:
     if not flat.numel():
         return
-    dim_2 = triton.next_power_of_2(dim)
-    rows = min(max(1, 8192 // dim_2), triton.next_power_of_2(chunk))
-    _move_chunks[(len(page), triton.cdiv(chunk, rows), batch)](
-        x, flat, page, head, x.shape[1], *x.stride(), WAY=way.value, CHUNK=chunk, DIM=dim, DIM_2=dim_2, ROWS=rows
-    )
+    x, y = tensors
+    batch, chunk = flat.shape[1:3]
+    dims_2 = [triton.next_power_of_2(x.shape[3]) for x in tensors]
+    rows = min(max(1, 8192 // max(dims_2)), triton.next_power_of_2(chunk))
+    _move_chunks[(len(page), triton.cdiv(chunk, rows), 2 * batch)](
+        x, y, flat, page, head, x.shape[1], *x.stride(), *y.stride(), WAY=way.value, CHUNK=chunk, X_DIM=x.shape[3],
+        X_DIM_2=dims_2[0], Y_DIM=y.shape[3], Y_DIM_2=dims_2[1], ROWS=rows,
+    )  # fmt: skip
 
 
-def take_chunks(x: Tensor, page: Tensor, head: Tensor, chunk: int) -> Tensor:
-    taken = x.new_empty((len(page), x.shape[0], chunk, x.shape[3]))
-    _chunks(x, taken, page, head, _PACK)
+def take_chunks(tensors: tuple[Tensor, Tensor], page: Tensor, head: Tensor, chunk: int) -> Tensor:
+    x, y = tensors
+    taken = x.new_empty((len(page), x.shape[0], chunk, x.shape[3] + y.shape[3]))
+    _chunks(tensors, taken, page, head, _PACK)
     return taken
 
 
-def add_chunks(x: Tensor, page: Tensor, head: Tensor, values: Tensor) -> None:
-    _chunks(x, values, page, head, _ADD)
+def add_chunks(tensors: tuple[Tensor, Tensor], page: Tensor, head: Tensor, values: Tensor) -> None:
+    _chunks(tensors, values, page, head, _ADD)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _copy_tiles(
+    x, out, chosen, units, tokens, tiles, x_b, x_n, x_h, out_b, out_n, out_h,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, head, batch)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    unit = units + tl.program_id(1) * UNIT_SIZE
+    head, batch = tl.load(unit + 1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    there = row < tokens
+    there &= tl.load(chosen + tl.load(unit) * tiles + row // BLOCK, mask=there, other=0) != 0
+    d = tl.arange(0, DIM_2)
+    mask = there[:, None] & (d < DIM)
+    row = row.to(tl.int64)[:, None]
+    values = tl.load(x + batch * x_b + head * x_h + row * x_n + d, mask=mask)
+    tl.store(out + batch * out_b + head * out_h + row * out_n + d, values.to(out.dtype.element_ty), mask=mask)
+
+
+def copy_tiles(x: Tensor, out: Tensor, tiles: Tensor, head_table: tuple[int, ...], block: int) -> None:
+    batch, tokens, heads, dim = x.shape
+    if not x.numel():
+        return
+    assert x.stride(3) == out.stride(3) == 1
+    units, *_ = query_units(head_table, heads, 1, x.device)
+    dim_2 = triton.next_power_of_2(dim)
+    rows = max(1, 8192 // dim_2)
+    _copy_tiles[(triton.cdiv(tokens, rows), heads, batch)](
+        x, out, tiles.to(torch.int8), units, tokens, tiles.shape[1], *x.stride()[:3], *out.stride()[:3],
+        BLOCK=block, DIM=dim, DIM_2=dim_2, ROWS=rows,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -82,6 +82,11 @@ class SelectedTable(Tiling):
         """Whether there is no place for a page to visit; whether one is named, only the device knows."""
         return self.selected.numel() == 0 or self.pages == 0
 
+    def empty_rows(self, device: torch.device) -> Tensor | None:
+        """bool [tables, tiles]: which rows visit nothing."""
+        assert device == self.selected.device
+        return (self.selected < 0).all(dim=2)
+
     def check_rows(self, own_rows: int) -> None:
         """Raises ValueError if a page may be selected of which only a part exists and no mask says so."""
         if self.masks is None and own_rows != self.own_pages * self.block_k:
@@ -133,18 +138,30 @@ class SelectedTable(Tiling):
         longest = max(work.longest_piece(entries * len(self.head_table) / programs / share), len(other) // programs, 1)
         # Of a table: ceil(count / longest) summed up is no more than its rows and this.
         cuts = entries // longest if most > longest else 0
-        pieces = (count + longest - 1) // longest
-        stop = pieces.cumsum(0)
-        number = torch.arange(rows + self.tables * cuts, device=device)
-        row = torch.searchsorted(stop, number, right=True).clamp_max(rows - 1)
-        exists = number < stop[-1]
-        piece = number - (stop - pieces)[row]
-        begin, end = (n * count[row] // pieces[row].clamp_min(1) for n in (piece, piece + 1))
-        visits = torch.where(exists, end - begin, 0)
-        cut = exists & (pieces[row] > 1)
-        slot = torch.where(cut, cut.cumsum(0) - 1, -1)
+        tables = torch.arange(self.tables + 1, device=device)
+        if cuts:
+            pieces = (count + longest - 1) // longest
+            stop = pieces.cumsum(0)
+            number = torch.arange(rows + self.tables * cuts, device=device)
+            row = torch.searchsorted(stop, number, right=True).clamp_max(rows - 1)
+            exists = number < stop[-1]
+            piece = number - (stop - pieces)[row]
+            begin, end = (n * count[row] // pieces[row].clamp_min(1) for n in (piece, piece + 1))
+            visits = torch.where(exists, end - begin, 0)
+            cut = exists & (pieces[row] > 1)
+            slot = torch.where(cut, cut.cumsum(0) - 1, -1)
+            begin = begin + first[row]
+            is_cut = pieces > 1
+            cut_rows = (~is_cut).to(torch.int8).sort(stable=True)[1][: self.tables * cuts]
+            first_slot = torch.where(is_cut, pieces, 0).cumsum(0) - pieces
+            split = torch.stack((cut_rows, first_slot[cut_rows], pieces[cut_rows]), dim=1)
+            split_ptr = torch.cat((tables[:1], is_cut.view(self.tables, rows_of_table).sum(1).cumsum(0)))
+        else:  # every row is an item: in a third of the launches
+            row = torch.arange(rows, device=device)
+            exists, visits, begin = count > 0, count, first
+            slot = torch.full_like(row, -1)
+            split, split_ptr = row[:0], torch.zeros_like(tables)
         table = torch.where(exists, row // rows_of_table, self.tables)
-        begin = begin + first[row]
         nothing = torch.zeros_like(row)
         if self.masks is None:
             columns = (row, nothing, nothing, visits, begin, nothing, slot, nothing)
@@ -152,12 +169,6 @@ class SelectedTable(Tiling):
             columns = (row, begin, begin + visits, nothing, nothing, nothing, slot, nothing)
         table, order = (table * (most + 1) + most - visits).sort(stable=True)  # by table, longest first
         table = table // (most + 1)
-        tables = torch.arange(self.tables + 1, device=device)
-        is_cut = pieces > 1
-        cut_rows = (~is_cut).to(torch.int8).sort(stable=True)[1][: self.tables * cuts]
-        first_slot = torch.where(is_cut, pieces, 0).cumsum(0) - pieces
-        split = torch.stack((cut_rows, first_slot[cut_rows], pieces[cut_rows]), dim=1)
-        split_ptr = torch.cat((tables[:1], is_cut.view(self.tables, rows_of_table).sum(1).cumsum(0)))
 
         def there(x: Tensor, more: int = 1) -> Tensor:
             return torch.cat((x.flatten(), x.new_zeros(more))).int()

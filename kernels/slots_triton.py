@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "most"])
 def _merge_slots(
-    out, lse, slot_out, slot_lse, split, split_ptr, units, tokens, tiles, most, out_n, out_h, lse_n, lse_h,
+    out, lse, before, slot_out, slot_lse, split, split_ptr, units, tokens, tiles, most, out_n, out_h, lse_n, lse_h,
+    before_n, before_h,
     BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, HEADS_2: tl.constexpr, ALL_HEADS: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, RESUME: tl.constexpr,
 ):  # fmt: skip
@@ -45,10 +46,11 @@ def _merge_slots(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
     if RESUME:
-        before = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
-        high = tl.maximum(before, LOWEST)
-        total = tl.exp2(before - high)
-        acc = tl.load(out_at, mask=out_mask, other=0.0).to(tl.float32) * total[:, None]
+        old_lse = tl.load(lse_at, mask=is_row, other=float("-inf")) * LOG2_E
+        high = tl.maximum(old_lse, LOWEST)
+        total = tl.exp2(old_lse - high)
+        before_at = before + (row * before_n + head * before_h)[:, None] + dv
+        acc = tl.load(before_at, mask=out_mask, other=0.0) * total[:, None]
     for number in range(tl.load(split + index * 3 + 2)):
         at = ((slot0 + number).to(tl.int64) * ALL_HEADS + head) * BLOCK_Q + token
         part = tl.load(slot_lse + at, mask=is_row, other=float("-inf")) * LOG2_E
@@ -68,6 +70,7 @@ def merge_slots(
     recording: Recording,
     out: Given,
     lse: Given,
+    before: Given | None,
     b: int,
     slot_out: Part | Tensor,
     slot_lse: Part | Tensor,
@@ -75,23 +78,24 @@ def merge_slots(
     work: Work,
     units: Tensor,
     size: int,
-    resume: bool,
 ) -> None:
     """Merges the partial results of rows that were cut into sequence b of out and lse.
 
+    before: what is merged with them, with the lse that is there; None: nothing is there yet.
     slot_out: float32 [slots, heads, block_q, value_dim], slot_lse: float32 [slots, heads, block_q]; units of ``size``
     heads.
     """
     if not work.slots:
         return
     size_2 = triton.next_power_of_2(size)
+    old = out if before is None else before
     _, tokens, heads, v_dim = out.shape
     recording.launch(
-        _merge_slots, (len(units) * work.most_split,), out.at(b), lse.at(b), slot_out, slot_lse,
+        _merge_slots, (len(units) * work.most_split,), out.at(b), lse.at(b), old.at(b), slot_out, slot_lse,
         work.split, work.split_ptr, units, tokens, table.tiles, work.most_split,
-        *out.strides[1:3], *lse.strides[1:], BLOCK_Q=table.block_q,
+        *out.strides[1:3], *lse.strides[1:], *old.strides[1:3], BLOCK_Q=table.block_q,
         ROWS=max(16, triton.next_power_of_2(table.block_q) * size_2), HEADS=size, HEADS_2=size_2, ALL_HEADS=heads,
-        V_DIM=v_dim, V_DIM_2=max(16, triton.next_power_of_2(v_dim)), RESUME=resume, num_warps=8,
+        V_DIM=v_dim, V_DIM_2=max(16, triton.next_power_of_2(v_dim)), RESUME=before is not None, num_warps=8,
     )  # fmt: skip
 
 

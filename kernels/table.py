@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distattn import spans as sp
 from distattn.kernels.launching import Recording
@@ -144,6 +146,17 @@ class TileTable(Tiling):
     def has_empty_rows(self) -> bool:
         """Whether some row visits nothing."""
         return not (self.full_pages + self.part_pages).all()
+
+    def empty_rows(self, device: torch.device) -> Tensor | None:
+        """bool [tables, tiles] on a device: which rows visit nothing; None if all visit something. Kept."""
+        if not self.has_empty_rows:
+            return None
+        key = ("empty", device)
+        if key not in self.cache:
+            empty = self.full_pages + self.part_pages == 0
+            self.cache[key] = torch.from_numpy(empty.reshape(self.tables, self.tiles)).to(device)
+        made: Tensor = self.cache[key]
+        return made
 
     def visits_from(self, page: int) -> NDArray[np.bool_]:
         """bool [tiles]: whether some table of the tile visits a page of this number or a later one."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.kernels.table import KeyTable, TileTable
+from distattn.kernels.uploads import upload
 
 if TYPE_CHECKING:
     from distattn.kernels.selected import AnyTable
@@ -119,21 +120,20 @@ def _make(
         rows.full_ptr, rows.full_count, rows.part_ptr, rows_of_table, heads, programs, share
     )
 
-    def there(array: NDArray[Any], more: int = 1) -> Tensor:
-        flat = np.ascontiguousarray(array).view(np.int32).ravel()
+    def longer(array: NDArray[np.int32], more: int = 1) -> NDArray[np.int32]:
         # Some entries more: what is read ahead exists, and nothing is empty.
-        return torch.from_numpy(np.append(flat, np.zeros(more, np.int32))).to(device)
+        return np.append(array.ravel(), np.zeros(more, np.int32))
 
-    other, mask = (there(x, 2) for x in partial)
-    visits = Visits(there(rows.full_first), there(rows.full_count), other, mask, _mask_words(table, device))
+    arrays = [longer(x) for x in (items, item_ptr, split, split_ptr, rows.full_first, rows.full_count)]
+    there = upload([*arrays, *(longer(x, 2) for x in partial)], device)
     return Work(
-        visits,
-        there(items),
-        there(item_ptr),
+        Visits(there[4], there[5], there[6], there[7], _mask_words(table, device)),
+        there[0],
+        there[1],
         int(np.diff(item_ptr).max(initial=0)),
         slots,
-        there(split),
-        there(split_ptr),
+        there[2],
+        there[3],
         int(np.diff(split_ptr).max(initial=0)),
         table.tables == 1,
         float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1),

@@ -32,6 +32,7 @@ ATTEND: Any = sys.modules["distattn.attend"]
 PARTS = {
     (ATTEND, "pool_own"): "summaries",
     (ATTEND, "make_summaries"): "summaries",
+    (ATTEND, "scorers_of"): "choice",
     (ATTEND, "choose"): "choice",
     (ATTEND, "summary_table"): "tables",
     (ChosenChunks, "tables"): "tables",

@@ -45,7 +45,7 @@ from distattn.launch.ranks import prepare_nccl
 from distattn.machine import DRAG, EXCHANGES, HOST, ChoiceSpeed, Curve, KernelSpeed, Machine
 from distattn.patterns import BlockSparse, Causal, GlobalKeys, Pattern, SlidingWindow
 from distattn.plan import Plan, make_plan
-from distattn.selection import choose, summary_table
+from distattn.selection import choose, scorers_of, summary_table
 from distattn.spec import AttentionSpec
 from distattn.summaries import make_summaries, pool_own
 
@@ -117,7 +117,7 @@ def runs_of(
 
     def resume() -> None:
         attention_forward(
-            q, own, nobody, table(), summed, summed_lse, scale=q.shape[3] ** -0.5, resume=True, bias=biases
+            q, own, nobody, table(), summed, summed_lse, scale=q.shape[3] ** -0.5, before=summed, bias=biases
         )
 
     def backward() -> None:
@@ -311,7 +311,7 @@ def measure_choices(s: Setting, say: Callable[[str], None]) -> tuple[ChoiceSpeed
             levels = make_summaries(pool_own(k, v, plan, extras), plan, extras)
 
             def run(q=q, k=k, levels=levels, plan=plan, extras=extras) -> None:  # type: ignore[no-untyped-def]
-                summary_table(choose(q, k, levels, plan, extras, s.dim**-0.5), plan)
+                summary_table(choose(scorers_of(q, plan), k, levels, plan, extras, s.dim**-0.5), plan)
 
             with torch.no_grad():
                 times.append(median(run, s, max(s.rounds // 2, 2))[0])

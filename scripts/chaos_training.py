@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distattn.conf.schema import Config
     from distattn.jobs.context import Context
+    from distattn.launch.device import Device
 
 STEPS = 50
 OVERRIDES = [
@@ -59,7 +60,9 @@ def train(config: Config, context: Context) -> dict[str, Any]:
     return result
 
 
-def play(ranks: int, folder: Path, kind: str = "", rank: int = 0, at: int = 0) -> tuple[int, list[tuple[Any, ...]]]:
+def play(
+    device: Device, ranks: int, folder: Path, kind: str = "", rank: int = 0, at: int = 0
+) -> tuple[int, list[tuple[Any, ...]]]:
     """The exit code of a run with a fault in it, and its curve: (step, loss, norm of the gradient)."""
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
@@ -74,7 +77,7 @@ def play(ranks: int, folder: Path, kind: str = "", rank: int = 0, at: int = 0) -
     assert isinstance(config, schema.Config)
     (folder / FAULT).write_text(json.dumps({"kind": kind, "rank": rank, "at": at}))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        code = local.launch(config, "cpu", ranks, folder)
+        code = local.launch(config, device, ranks, folder)
     return code, [(row.step, row.loss, row.gradient_norm) for row in read(folder / "train.csv")]
 
 
@@ -86,20 +89,21 @@ def main() -> None:
     parser.add_argument("--runs", type=positive, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=in_a_folder, help="where to write the rows")
     arguments = parser.parse_args()
     if arguments.ranks < 2:
         parser.error(f"--ranks is {arguments.ranks}; expected at least 2")
     source, rows = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory(prefix="distattn-chaos-") as name:
-        code, expected = play(arguments.ranks, Path(name))
+        code, expected = play(arguments.device, arguments.ranks, Path(name))
         exchanges = int((Path(name) / "exchanges0").read_text())
     assert (code, len(expected)) == (0, STEPS), "the run that was left alone failed"
     for number in range(arguments.runs):
         kind, rank = source.choice(("kill", "kill", "freeze")), source.randrange(arguments.ranks)
         at, began = source.randint(1, exchanges), time.monotonic()
         with tempfile.TemporaryDirectory(prefix="distattn-chaos-") as name:
-            code, curve = play(arguments.ranks, Path(name), kind, rank, at)
+            code, curve = play(arguments.device, arguments.ranks, Path(name), kind, rank, at)
             struck = (Path(name) / STRUCK).exists()
         same = code == 0 and struck and curve == expected
         row = {"run": number, "kind": kind, "rank": rank, "at": at, "of": exchanges, "code": code, "same": int(same)}

@@ -65,7 +65,7 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
     found: list[Launch] = []
 
     def run(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        if all(launch.kernel is not kernel for launch in found):
+        if all((launch.kernel, launch.options) != (kernel, options) for launch in found):
             found.append(Launch(kernel, arguments, options))
 
     tokens, heads, kv_heads = 64 * max(block_q, block_k), 8, 2
@@ -83,7 +83,8 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
         bias = d_bias = None
         if engine == "triton":
             bias, d_bias = (Biases(own.k[..., 0].float(), nobody.k[..., 0].float()) for _ in range(2))
-        attention.attention_forward(q, own, nobody, table, grad, lse, scale=0.1, bias=bias)
+        for earlier in (None, grad.float()):
+            attention.attention_forward(q, own, nobody, table, grad, lse, scale=0.1, before=earlier, bias=bias)
         gradients = [Pages(x.k.float(), x.v.float()) for x in (own, nobody)]
         attention.attention_backward(
             q, own, nobody, table, grad, lse, lse, q.float(), *gradients, scale=0.1, bias=bias, d_bias=d_bias
@@ -95,11 +96,12 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
             masks = torch.zeros(1, tokens // 64, 5, 1, 1, dtype=torch.int32) if masked else None
             some = SelectedTable(64, page, tokens // 64, tokens // page, 0, (0,) * heads, chosen, masks)
             bias = Biases(own.k[..., 0].float(), nobody.k[..., 0].float()) if masked else None
-            attention.attention_forward(q, own, nobody, some, grad.float(), lse, scale=0.1, resume=True, bias=bias)
+            attention.attention_forward(q, own, nobody, some, grad, lse, scale=0.1, before=grad.float(), bias=bias)
         if engine == "triton":
             rows_triton.add_rows(own.k, Places(np.array([[1, 9], [20, 40]]), (1,)), own.k[:, :28, :1])
             some = torch.tensor([0, 1])
-            rows_triton.add_chunks(own.k, some, some, rows_triton.take_chunks(own.k, some, some, 64))
+            rows_triton.add_chunks(own, some, some, rows_triton.take_chunks(own, some, some, 64))
+            rows_triton.copy_tiles(grad.float(), grad, torch.zeros(1, queries.blocks) > 0, (0,) * heads, block_q)
             rows_triton.merge(q.float(), lse, q.float(), lse)
             means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))
             rows_triton.chunk_means_backward(means, counts, tokens, 64, None, dtype)

@@ -21,7 +21,7 @@ class Recorded:
     """What arrives in a step, by the order in which exchanges begin."""
 
     def __init__(self) -> None:
-        self._kept: list[dict[int, Tensor]] = []
+        self._kept: list[list[Tensor]] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -30,27 +30,28 @@ class Recorded:
         send, gather = Exchange.send, Exchange._all_gather
 
         def keep_sent(exchange: Exchange, *args: Any) -> Pending:
-            *rest, into = args[:5]
+            *rest, into, come = args[:6]
+            deliver = args[6] if len(args) > 6 else None
             kept = self._new()
 
-            def keep(got: dict[int, Tensor]) -> None:
-                kept.update({peer: x.clone() for peer, x in got.items()})  # a slot is used again
-                for deliver in args[5:]:
-                    deliver(got)
+            def keep(flat: Tensor) -> None:
+                kept.append(flat.clone())  # a slot is used again
+                if deliver is not None:
+                    deliver(flat)
 
-            return send(exchange, *rest, into, keep)
+            return send(exchange, *rest, into, come, keep)
 
         def keep_gathered(
             exchange: Exchange, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
         ) -> Pending:
             pending = gather(exchange, what, transfer, sources, targets)
-            if exchange.group is None or not sources[0].is_cuda:  # it went through `send`
+            if exchange.group is None:
                 return pending
             kept = self._new()
 
             def finish() -> None:
                 pending.wait()
-                kept.update({n: pack_rows(targets, m.places) for n, m in enumerate(transfer.receives)})
+                kept.extend(pack_rows(targets, m.places) for m in transfer.receives)
 
             return Pending(finish)
 
@@ -64,26 +65,25 @@ class Recorded:
         gather = Exchange._all_gather
 
         def send(exchange: Exchange, *args: Any) -> Pending:
-            kept, sizes, into = next(left), args[3], args[4]
+            (kept,), into, deliver = next(left), args[4], args[6] if len(args) > 6 else None
 
             def finish() -> None:
-                for peer, x in zip(sizes, into.split([*sizes.values()]) if sizes else (), strict=True):
-                    x.copy_(kept[peer])
-                for deliver in args[5:]:
-                    deliver(dict(kept))
+                into.copy_(kept)
+                if deliver is not None:
+                    deliver(into)
 
             return Pending(finish)
 
         def gathered(
             exchange: Exchange, what: str, transfer: Transfer, sources: Sequence[Tensor], targets: Sequence[Tensor]
         ) -> Pending:
-            if exchange.group is None or not sources[0].is_cuda:
+            if exchange.group is None:
                 return gather(exchange, what, transfer, sources, targets)
             kept = next(left)
 
             def finish() -> None:
-                for n, message in enumerate(transfer.receives):
-                    unpack_rows(targets, message.places, kept[n])
+                for message, flat in zip(transfer.receives, kept, strict=True):
+                    unpack_rows(targets, message.places, flat)
 
             return Pending(finish)
 
@@ -92,8 +92,8 @@ class Recorded:
         if next(left, None) is not None:
             raise RuntimeError("a step made fewer exchanges than the one that was recorded")
 
-    def _new(self) -> dict[int, Tensor]:
-        self._kept.append({})
+    def _new(self) -> list[Tensor]:
+        self._kept.append([])
         return self._kept[-1]
 
 

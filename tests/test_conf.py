@@ -56,7 +56,7 @@ def test_each_attention_file_makes_a_spec(name: str) -> None:
 
 
 def test_each_preset_layout_and_job_has_its_file() -> None:
-    assert names("attention") == {*presets.PRESETS, "window_global"}
+    assert names("attention") == {*presets.PRESETS, "window_global", "tiny_needle"}
     assert names("layout") == {*LAYOUTS, "auto"}
     assert names("job") == {*JOBS, "custom"}
     for name in names("layout"):
@@ -65,12 +65,29 @@ def test_each_preset_layout_and_job_has_its_file() -> None:
         assert config_of(f"job={name}").job.name == name
 
 
+def test_experiments_agree_on_the_decoder_and_its_attention() -> None:
+    assert names("experiment") == {"demo", "needle", "tiny_needle", "tiny_needle_start"}
+    needle, demo = config_of("experiment=needle"), config_of("experiment=demo", "seq_len=4096")
+    assert (demo.attention, demo.model, demo.data) == (needle.attention, needle.model, needle.data)
+    assert isinstance(demo.job, schema.NeedleConfig) and demo.job.lengths == [4096]
+    first, second = config_of("experiment=tiny_needle_start"), config_of("experiment=tiny_needle", "job.resume=start")
+    assert isinstance(first.job, schema.TrainConfig) and isinstance(second.job, schema.TrainConfig)
+    assert second.attention == needle.attention and first.attention["name"] == "dense"
+    same = {"dtype": "float32", "slice_rows": 4096}
+    assert dataclasses.replace(first.model, **same) == dataclasses.replace(second.model, **same) == needle.model
+    assert first.job.steps == second.job.steps and first.job.until is not None
+    assert (first.seq_len, second.seq_len) == (8192, 65_536)
+    # What is said on the command line counts.
+    assert config_of("experiment=tiny_needle", "job.resume=start", "seq_len=1024").seq_len == 1024
+
+
 def test_models_have_the_fields_of_the_decoder() -> None:
     from distattn.model import ModelConfig
 
     for name in names("model"):
         model = dataclasses.asdict(config_of(f"model={name}").model)
-        assert model.pop("dense_layers") == []
+        layers = [model.pop(name) for name in ("dense_layers", "window_layers", "window")]
+        assert layers == ([[], [0, 1, 3], 256] if name == "tiny_needle" else [[], [], 512])
         decoder = ModelConfig(**model)
         if name == "tiny":
             assert (decoder.layers, decoder.width, decoder.heads, decoder.head_dim) == (2, 256, 4, 64)
@@ -95,6 +112,12 @@ def test_equal_parts(length: int, part: int, expected: list[int]) -> None:
         (["model.heads=5"], "model.heads is 5; expected a multiple of model.kv_heads, 2"),
         (["model.head_dim=0"], "model.head_dim is 0; expected more than 0"),
         (["model.dense_layers=[2]"], "model.dense_layers has 2; expected a layer from 0 to 1"),
+        (["model.window_layers=[-1]"], "model.window_layers has -1; expected a layer from 0 to 1"),
+        (
+            ["model.dense_layers=[0,1]", "model.window_layers=[1]"],
+            "model.dense_layers and model.window_layers both have 1",
+        ),
+        (["model.window=0"], "model.window is 0; expected at least 1"),
         (["launcher.max_restarts=-1"], "launcher.max_restarts is -1; expected at least 0"),
         (["seq_len=0"], "seq_len is 0; expected more than 0"),
         (["data=path", "data.path=/no/such/file"], "data.path is '/no/such/file', which does not exist"),
@@ -119,7 +142,7 @@ def test_ranks_without_work_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nope", "'nope'; expected one of generate, plan, prefill, train, verify, or module:function"),
+        ("nope", "'nope'; expected one of generate, needle, plan, prefill, train, verify, or module:function"),
         ("no_such_module:run", "there is no module 'no_such_module'"),
         ("math:no_such_function", "math has no function 'no_such_function'"),
     ],

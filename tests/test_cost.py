@@ -86,6 +86,14 @@ def test_a_slow_network_is_what_binds_and_a_backward_pass_takes_longer() -> None
         assert (found.exposed <= found.total).all()
 
 
+def test_asks_and_chunks_travel_behind_tiles() -> None:
+    """What is waited for are summaries and the tiles that choose for others: neither the window's pages, nor the asks,
+    nor the chunks."""
+    plan = make_plan(HIERARCHICAL, 1 << 20, heads=32, kv_heads=8, head_dim=128, world_size=2, rank=0)
+    lost = predict(plan, with_exchanges(1.0, latency=1e-3)).seconds - predict(plan, H100).seconds
+    assert lost == pytest.approx(2e-3, rel=0.3)
+
+
 def test_a_ring_pays_for_every_stage_what_a_direct_plan_pays_once() -> None:
     late = with_exchanges(1.0, latency=0.1)
     took = {name: seconds(presets.dense(), 1 << 16, 8, late, schedule=name)[0] for name in ("direct", "ring")}

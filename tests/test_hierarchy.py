@@ -440,9 +440,8 @@ def log_of(context: Context, spec: str) -> list[str]:
     return log
 
 
-@pytest.mark.parametrize("spec", ["two levels", "tokens choose"])
-def test_tiles_are_attended_while_summaries_travel(spec: str, ranks: RankPool) -> None:
-    for log in ranks(2, log_of, spec):
+def test_tiles_are_attended_while_summaries_travel(ranks: RankPool) -> None:
+    for log in ranks(2, log_of, "two levels"):
         assert log[0] == "sent"
         assert "tiles" in log[1 : log.index("arrived")]
 

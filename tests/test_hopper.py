@@ -69,10 +69,13 @@ def test_hopper_resumes(name: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -
     attention_forward(q, own, guests, table, out, lse, scale=it.scale)
     assert choose(q, own, guests, table, out, it.scale).kernel == "hopper"
     twice, twice_lse = out.clone(), lse.clone()
-    attention_forward(q, own, guests, table, twice, twice_lse, scale=it.scale, resume=True)
+    attention_forward(q, own, guests, table, twice, twice_lse, scale=it.scale, before=twice)
     # Every key counted twice: the same mean, and log 2 more.
     torch.testing.assert_close(twice, out, atol=1e-5, rtol=0)
     torch.testing.assert_close(twice_lse, lse + 0.6931472, atol=1e-5, rtol=0)
+    half = torch.full_like(out, torch.nan, dtype=q.dtype)
+    attention_forward(q, own, guests, table, half, lse, scale=it.scale, before=out)
+    assert torch.equal(half, twice.to(q.dtype)) and torch.equal(lse, twice_lse)
 
 
 @pytest.mark.parametrize("name", ["window", "rows that see nothing", "a table a head"])
@@ -124,8 +127,11 @@ def test_what_is_selected_is_attended(name: str, dim: int, cut: bool, monkeypatc
     q, k, v, _, _, bias, own, guests, biases = selected_cases.inputs(case, table, dim, torch.bfloat16)
     out, lse = torch.zeros(q.shape, device=DEVICE), torch.full(q.shape[:3], -torch.inf, device=DEVICE)
     assert choose(q, own, guests, table, out, 0.3, biases).kernel == "hopper"
-    for again in (False, True):
-        attention_forward(q, own, guests, table, out, lse, scale=0.3, resume=again, bias=biases)
+    attention_forward(q, own, guests, table, out, lse, scale=0.3, bias=biases)
+    half, half_lse = torch.full_like(q, torch.nan), lse.clone()
+    attention_forward(q, own, guests, table, half, half_lse, scale=0.3, before=out, bias=biases)
+    attention_forward(q, own, guests, table, out, lse, scale=0.3, before=out, bias=biases)
+    assert torch.equal(half, out.to(q.dtype)) and torch.equal(half_lse, lse)
     if cut:
         assert {key[0]: found.slots for key, found in table.cache.items()}["query"]  # type: ignore[index]
     expected, expected_lse = selected_cases.dense(*(x.double() for x in (q, k, v, bias)), allowed, 0.3)

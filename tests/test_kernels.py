@@ -56,7 +56,7 @@ def run(
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
         empty = np.repeat(table.full_pages + table.part_pages == 0, BLOCK)[:LENGTH]
         out[:, empty], lse[:, empty] = 0.0, -torch.inf
-    attention_forward(q, own, guests, table, out, lse, scale=DIM**-0.5, resume=before is not None)
+    attention_forward(q, own, guests, table, out, lse, scale=DIM**-0.5, before=out if before else None)
     return out, lse
 
 
@@ -207,9 +207,7 @@ def test_what_the_kernels_for_hopper_do_not_take(monkeypatch: pytest.MonkeyPatch
         "triton",
         f"{tiles}, and this is the backward pass",
     )
-    half, some = q.bfloat16(), SelectedTable(8, 8, 2, 2, 0, (0, 0), torch.zeros(1, 2, 1, dtype=torch.int32))
-    assert choose(half, pages, nobody, some, half, 1.0) == ("triton", f"{tiles}, and the output has 16 bits")
-    rows = SelectedTable(8, 8, 2, 2, 0, (0, 0), some.selected, torch.zeros(1, 2, 1, 8, 1, dtype=torch.int32))
+    rows = SelectedTable(8, 8, 2, 2, 0, (0, 0), selected.selected, torch.zeros(1, 2, 1, 8, 1, dtype=torch.int32))
     assert choose(q, pages, nobody, rows, q, 1.0) == ("triton", f"{tiles}, and masks have a row for each query")
     whole = kernel_cases.table_of(Case(Causal(), 16, 8, 8))
     assert choose(q, pages, nobody, whole, q, 1.0, bias) == ("triton", "keys have a bias")

@@ -10,7 +10,7 @@ import torch
 from rank_pool import RankPool
 from torch.profiler import ProfilerActivity, profile
 
-from distattn import chosen, exchange, passes, presets, selection, summaries
+from distattn import exchange, guest_queries, memory, passes, presets, rounds, selection, summaries
 from distattn.attend import attend
 from distattn.extras import AttentionExtras
 from distattn.forecast import plan_peak_bytes
@@ -18,6 +18,7 @@ from distattn.heads import HeadsPlan
 from distattn.kernels import chunks
 from distattn.kernels.chunks import Ladder
 from distattn.kernels.rows import Places, split_rows
+from distattn.kernels.selected import SelectedTable
 from distattn.memory import peak_bytes
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
 from distattn.plan import make_plan
@@ -50,13 +51,15 @@ def means(x: torch.Tensor, chunk: int, left_out: object = None) -> tuple[torch.T
 
 def packed(tensors: Sequence[torch.Tensor], places: Places) -> torch.Tensor:
     """As a kernel's: one tensor, and nothing beside."""
-    flat = tensors[0].new_empty(sum(x.shape[0] * places.count * len(places.heads) * x.shape[3] for x in tensors))
-    for x, part in zip(tensors, split_rows(tensors, places, flat), strict=True):
-        for to, head in enumerate(places.heads):
-            at = 0
-            for first, stop in places.runs.tolist():
-                part[:, at : at + stop - first, to] = x[:, first:stop, head]
-                at += stop - first
+    flat = tensors[0].new_empty(places.size(tensors))
+    parts = places.parts or (places,)
+    for some, whole in zip(parts, flat.split([part.size(tensors) for part in parts]), strict=True):
+        for x, part in zip(tensors, split_rows(tensors, some, whole), strict=True):
+            for to, head in enumerate(some.heads):
+                at = 0
+                for first, stop in some.runs.tolist():
+                    part[:, at : at + stop - first, to] = x[:, first:stop, head]
+                    at += stop - first
     return flat
 
 
@@ -66,7 +69,15 @@ def pages(chosen: torch.Tensor, position: object, exists: object, ladder: Ladder
     return found, found.new_zeros((*found.shape, 1, ladder.words))
 
 
-def added(x: torch.Tensor, page: torch.Tensor, head: torch.Tensor, values: torch.Tensor) -> None:
+def taken(
+    tensors: tuple[torch.Tensor, torch.Tensor], page: torch.Tensor, head: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """As a kernel's: one tensor, and nothing beside."""
+    x, y = tensors
+    return x.new_zeros((len(page), x.shape[0], chunk, x.shape[3] + y.shape[3]))
+
+
+def added(*_: object) -> None:
     """As a kernel's: nothing beside."""
 
 
@@ -74,14 +85,15 @@ def added(x: torch.Tensor, page: torch.Tensor, head: torch.Tensor, values: torch
 def without_kernels() -> Iterator[None]:
     """What PyTorch operations need in place of kernels says nothing of a GPU."""
     replaced = {
-        (passes, "attention_forward"): lambda *_, **__: None,
-        (passes, "attention_backward"): lambda *_, **__: None,
+        **{(module, "attention_forward"): lambda *_, **__: None for module in (passes, guest_queries)},
+        **{(module, "attention_backward"): lambda *_, **__: None for module in (passes, guest_queries)},
         (passes, "row_deltas"): lambda out, grad_out, grad_lse: grad_lse.clone(),
         (exchange, "pack_rows"): packed,
         (summaries, "chunk_means"): means,
         (selection, "chunk_means"): means,
         (selection, "summary_pages"): pages,
-        (chosen, "add_chunks"): added,
+        (rounds, "take_chunks"): taken,
+        (rounds, "add_chunks"): added,
         (chunks, "_SCRATCH"): 1 << 14,
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -146,3 +158,17 @@ def test_the_account_is_what_is_allocated_on_several_ranks(name: str, ranks: Ran
     if count > 2:  # PyTorch numbers new groups by process: those of ranks that made others before would be mixed up
         ranks.close()
     check(ranks(count, peaks, name), name, count)
+
+
+@pytest.mark.parametrize("tiles", [12, 600])
+def test_partial_gradients_of_pages_are_in_the_account(tiles: int) -> None:
+    """As many as the kernels for a table of chosen chunks make, on a GPU that runs as many programs as an H100."""
+    spec = presets.hierarchical(256, (64,), (), 4, "tile")
+    plan = make_plan(spec, tiles * 64, heads=8, kv_heads=4, head_dim=64, world_size=1, rank=0)
+    assert plan.hierarchy is not None
+    held, most = memory._Held(Task.of(plan, 2), on_gpu=True), plan.hierarchy.choosing.most
+    chosen = torch.zeros((4, tiles, most), dtype=torch.int32)
+    table = SelectedTable(64, 64, tiles, tiles, 0, plan.hierarchy.head_table, chosen)
+    slots = table.key_work(memory._PROGRAMS, 2).slots
+    assert held._parts(4, 64, most, 64).tolist() == [slots * 4 * 64 * 128 * 4]
+    assert (slots > 0) == (tiles == 600)

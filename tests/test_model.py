@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -52,19 +53,25 @@ def plain_forward(model: Decoder, tokens: Tensor, specs: list[AttentionSpec]) ->
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
     x = model.embedding[tokens]
-    for block, spec in zip(model.blocks, specs, strict=True):
+    for layer, (block, spec) in enumerate(zip(model.blocks, specs, strict=True)):
         parameters = dict(block.named_parameters())
         heads = (norm(x, parameters["attention_norm"]) @ parameters["qkv"].T).unflatten(2, (-1, c.head_dim))
         q, k, v = heads[:, :, : c.heads], heads[:, :, c.heads : -c.kv_heads], heads[:, :, -c.kv_heads :]
-        out, _ = reference.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, spec.tokens)
+        if layer not in c.unrotated_layers:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        elif c.grow_from is not None:
+            growth = [max(1.0, math.log(p + 1, c.grow_from)) for p in range(q.shape[1])]
+            q = q * torch.tensor(growth, dtype=torch.float64)[:, None, None]
+        out, _ = reference.attention(q, k, v, spec.tokens)
         x = x + out.flatten(2) @ parameters["attention_out"].T
         gate, up = (norm(x, parameters["mlp_norm"]) @ parameters["gate_up"].T).chunk(2, dim=-1)
         x = x + (gate * torch.sigmoid(gate) * up) @ parameters["down"].T
     return norm(x, model.norm) @ model.head.T
 
 
-def test_equals_a_plain_decoder_with_gradients() -> None:
-    model, (tokens, labels) = Decoder(SMALL, seed=3), make_batch()
+@pytest.mark.parametrize("more", [{}, {"unrotated_layers": (1,)}, {"unrotated_layers": (0, 1), "grow_from": 8}])
+def test_equals_a_plain_decoder_with_gradients(more: dict[str, Any]) -> None:
+    model, (tokens, labels) = Decoder(dataclasses.replace(SMALL, **more), seed=3), make_batch()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)  # norms away from 1
@@ -240,6 +247,8 @@ def test_wrong_calls_are_named() -> None:
         ({"dtype": "int8"}, "model.dtype is 'int8'; expected one of float32"),
         ({"rope_theta": 0.0}, "model.rope_theta is 0.0"),
         ({"slice_rows": 0}, "model.slice_rows is 0"),
+        ({"unrotated_layers": [2]}, "model.unrotated_layers has 2; expected a layer from 0 to 1"),
+        ({"grow_from": 1}, "model.grow_from is 1; expected at least 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

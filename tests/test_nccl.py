@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import test_train
 import torch
 from commanding import command, environment
 from rank_pool import RankPool
@@ -276,6 +277,55 @@ def test_hierarchies_and_their_choices_match_the_oracle(gpus: RankPool) -> None:
             compare(case, found)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
+
+
+def again(context: Context) -> tuple[bool, list[float]]:
+    """Whether steps that follow one another at once give the same bits, and how far they are from one GPU's.
+
+    They are long enough for asks, chunks and tiles to be under way at the same time.
+    """
+    spec = presets.hierarchical(1024, (64, 1024), (16,), 8, "tile", global_keys=range(64))
+    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 2, "head_dim": 128}
+    plan, alone = (make_plan(spec, 65_536, **sizes, mesh=mesh) for mesh in (context.mesh, None))
+    every = [random(65_536, n, 128, seed=n).to(context.device, torch.bfloat16) for n in (8, 2, 2)]
+    steps = []
+    for some in (plan, alone):
+        rows = [some.shard(x).clone().requires_grad_() for x in every]
+        outs = [attend(*rows, some) for _ in range(6)]
+        steps.append([[out.detach(), *torch.autograd.grad(out.float().square().sum(), rows)] for out in outs])
+    mine, theirs = steps
+    same = all(torch.equal(x, y) for step in mine[1:] for x, y in zip(step, mine[0], strict=True))
+    return same, [reference.max_error(x, plan.shard(y).double()) for x, y in zip(mine[0], theirs[0], strict=True)]
+
+
+def test_steps_that_follow_at_once_give_the_same_bits(gpus: RankPool) -> None:
+    for same, errors in gpus(2, again):
+        assert same and max(errors) < 2e-2, errors
+
+
+# Training
+
+
+def learn(context: Context, folder: str, overrides: list[str]) -> str:
+    return str(test_train.run(context, folder, overrides)["error"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus_learn_what_one_learns(gpus: RankPool, tmp_path: Path, dtype: str) -> None:
+    """Parameters in shards, groups of ranks with windows of their own, and losses that are read back late."""
+    curves = []
+    for count, groups in ((1, 1), (2, 1), (2, 2)):
+        folder = tmp_path / f"{count} {groups}"
+        folder.mkdir()
+        windows = [f"job.data_ranks={groups}", f"job.accumulate={2 // groups}", "job.log_every=4"]
+        said = gpus(count, learn, str(folder), [*windows, f"model.dtype={dtype}", "model.head_dim=64"])
+        assert said == ["None"] * count
+        curves.append(test_train.curve_of(folder))
+    assert len(curves[0]) == 10 and curves[0][-1][1] < curves[0][0][1] - 1
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other, strict=True):
+            # Loss and bits a byte; norms of gradients in 16 bits are further apart.
+            assert theirs[:3] == pytest.approx(mine[:3], abs=1e-3 if dtype == "float32" else 0.03)
 
 
 # Faults

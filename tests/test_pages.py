@@ -121,6 +121,15 @@ def test_new_blocks_go_to_the_rank_with_the_fewest() -> None:
     assert sorted(set(tables.append({second: 5}).owner.tolist())) == [0, 2]
 
 
+def test_new_blocks_are_the_lowest_and_follow_one_another() -> None:
+    tables = PageTables(1, 8, 2)
+    first, second = tables.add(), tables.add()
+    assert tables.append({first: 6}).slot.tolist() == list(range(6))
+    tables.append({second: 4})
+    tables.free(first)
+    assert tables.append({second: 8}).slot.tolist() == [0, 1, 2, 3, 4, 5, 10, 11]
+
+
 def test_a_full_cache_says_what_it_has() -> None:
     tables = PageTables(2, 2, 4)
     one = tables.add()

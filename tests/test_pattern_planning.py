@@ -186,7 +186,7 @@ def test_row_interval(pattern: Pattern, length: int) -> None:
 @settings(deadline=None, max_examples=60)
 @given(trees, st.integers(1, 48))
 def test_row_breaks(pattern: Pattern, length: int) -> None:
-    interval, breaks = pattern.row_interval(np.arange(length)), pattern.row_breaks(length)
+    interval, breaks = pattern.row_interval(np.arange(length)), pattern.row_breaks(0, length)
     if breaks is not None:
         assert interval is not None and (np.diff(breaks) >= 0).all() and (breaks < length).all()
         changes = {int(row) for end in interval for row in np.flatnonzero(np.diff(end)) + 1}
@@ -194,10 +194,12 @@ def test_row_breaks(pattern: Pattern, length: int) -> None:
 
 
 def test_documents_and_wide_chunks_have_breaks() -> None:
-    assert Documents([3, 0, 40, 9]).row_breaks(45).tolist() == [3, 3, 43]  # type: ignore[union-attr]
-    assert Documents([3, 4, 2]).row_breaks(9) is None
-    assert (Documents([3, 30]) & Chunked(12)).row_breaks(30).tolist() == [3, 12, 24]  # type: ignore[union-attr]
-    assert (Causal() & Documents([3])).row_breaks(9) is None and Chunked(2).row_breaks(9) is None
+    assert Documents([3, 0, 40, 9]).row_breaks(0, 45).tolist() == [3, 3, 43]  # type: ignore[union-attr]
+    assert Documents([3, 0, 40, 9]).row_breaks(3, 43).tolist() == []  # type: ignore[union-attr]
+    assert Chunked(12).row_breaks(12, 37).tolist() == [24, 36]  # type: ignore[union-attr]
+    assert Documents([3, 4, 2]).row_breaks(0, 9) is None
+    assert (Documents([3, 30]) & Chunked(12)).row_breaks(0, 30).tolist() == [3, 12, 24]  # type: ignore[union-attr]
+    assert (Causal() & Documents([3])).row_breaks(0, 9) is None and Chunked(2).row_breaks(0, 9) is None
 
 
 def test_and_of_intervals_is_an_interval() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from distattn import presets
+from distattn.kernels.rows import pack_rows
 from distattn.machine import Machine
+from distattn.messages import Message, Parcel, Transfer
 from distattn.patterns import Causal, Documents, GlobalTokens, SlidingWindow
 from distattn.plan import Plan, make_plan
 from distattn.spec import AttentionSpec
@@ -154,6 +156,24 @@ def test_impossible_arguments_are_named(change: dict[str, Any], message: str) ->
         make_plan(presets.dense(), 100, mesh=SimpleNamespace(ndim=1), world_size=2, **SIZES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected an AttentionSpec"):
         make_plan(Causal(), 100, **SIZES)  # type: ignore[arg-type]
+
+
+def test_what_goes_to_several_ranks_is_packed_at_once_where_heads_are_the_same() -> None:
+    def message(peer: int, heads: tuple[int, ...], *runs: tuple[int, int]) -> Message:
+        return Message(peer, heads, np.array(runs, np.int64))
+
+    alike = message(0, (0, 1), (3, 5)), message(1, (0, 1), (4, 9)), message(3, (0, 1), (0, 1), (7, 9))
+    x = torch.randn(2, 9, 2, 3)
+    transfer = Transfer("all_to_all", alike, (), ())
+    assert transfer.parcel("sends", 1) is transfer.parcel("sends", 1)
+    for but, sent in ((1, (0, 2)), (None, (0, 1, 2))):
+        parcel = transfer.parcel("sends", but)
+        assert parcel.rows == {alike[n].peer: 2 * alike[n].count for n in sent}
+        (places,) = parcel.places
+        assert torch.equal(pack_rows([x], places), torch.cat([pack_rows([x], alike[n].places) for n in sent]))
+    others = Parcel.of([message(0, (0,), (3, 5)), message(0, (1,), (2, 3)), message(2, (0,), (0, 1))])
+    assert others.rows == {0: 3, 2: 1} and [part.heads for part in others.places] == [(0,), (1,), (0,)]
+    assert Parcel.of([]).places == () and Parcel.of([]).rows == {}
 
 
 @pytest.mark.full

@@ -69,7 +69,7 @@ def test_rows_in_one_piece_are_a_view() -> None:
     x = random(1, 50, 3, 20)
 
     def view(*places: Places, of: torch.Tensor = x) -> torch.Tensor | None:
-        return in_torch.rows_in_place(of, places)
+        return in_torch.rows_in_place(of, Places.joined(places))
 
     first, second = Places(np.array([[3, 9]]), (0, 1, 2)), Places(np.array([[9, 20], [20, 31]]), (0, 1, 2))
     found = view(first, second)
@@ -83,22 +83,26 @@ def test_rows_in_one_piece_are_a_view() -> None:
 
 @pytest.mark.parametrize(("rows", "chunk", "dim"), [(40, 8, 20), (45, 8, 16), (300, 128, 8)])
 def test_chunks_travel(rows: int, chunk: int, dim: int, kernels: types.ModuleType) -> None:
-    x = random(2, 3, rows, dim).transpose(1, 2)
+    pair = random(2, 3, rows, dim).transpose(1, 2), random(2, rows, 3, dim + 4, seed=1)
     last = (rows - 1) // chunk
     page, head = (torch.tensor(numbers, device=DEVICE) for numbers in ([0, last, last, 1], [2, 0, 1, 2]))
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunk))
-    wanted = torch.stack([padded[:, p * chunk : (p + 1) * chunk, h] for p, h in zip(page, head, strict=True)])
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunk)) for x in pair]
+    wanted = torch.cat(
+        [torch.stack([x[:, p * chunk : (p + 1) * chunk, h] for p, h in zip(page, head, strict=True)]) for x in padded],
+        dim=-1,
+    )
     wanted[1:3, :, rows - last * chunk :] = 0
-    taken = kernels.take_chunks(x, page, head, chunk)
+    taken = kernels.take_chunks(pair, page, head, chunk)
     assert torch.equal(taken, wanted)
-    total = random(2, rows, 3, dim, seed=1)
-    expected = total.clone()
+    totals = random(2, rows, 3, dim, seed=2), random(2, 3, rows, dim + 4, seed=3).transpose(1, 2)
+    expected = [x.clone() for x in totals]
     for p, h, values in zip(page, head, taken, strict=True):
-        there = expected[:, p * chunk : (p + 1) * chunk, h]
-        there += values[:, : there.shape[1]]
-    kernels.add_chunks(total, page, head, taken)
-    assert torch.equal(total, expected)
-    assert kernels.take_chunks(x, page[:0], head[:0], chunk).shape == (0, 2, chunk, dim)
+        for x, part in zip(expected, values.split([dim, dim + 4], dim=-1), strict=True):
+            there = x[:, p * chunk : (p + 1) * chunk, h]
+            there += part[:, : there.shape[1]]
+    kernels.add_chunks(totals, page, head, taken)
+    assert all(torch.equal(x, y) for x, y in zip(totals, expected, strict=True))
+    assert kernels.take_chunks(pair, page[:0], head[:0], chunk).shape == (0, 2, chunk, 2 * dim + 4)
 
 
 def test_joined_places_are_packed_one_after_the_other(kernels: types.ModuleType) -> None:

@@ -1,5 +1,7 @@
 """Tables that were made on the device, against the definition, for the kernels in PyTorch operations and in Triton."""
 
+import math
+
 import pytest
 import torch
 from kernel_cases import DEVICE
@@ -61,6 +63,11 @@ def test_what_is_selected_is_attended(name: str, cut: bool, kernel: str, monkeyp
     seen = expected_lse > -torch.inf
     assert not seen.all() and torch.equal(lse > -torch.inf, seen)
     wanted = torch.autograd.grad((expected * grad).sum() + (expected_lse * grad_lse)[seen].sum(), double)
+    # On from what is there, elsewhere and in 16 bits: each key counts twice, and who visits nothing has what was there.
+    half, twice_lse = torch.full_like(q, torch.nan, dtype=torch.bfloat16), lse.clone()
+    attention_forward(q, own, guests, table, half, twice_lse, scale=0.3, before=out, bias=biases)
+    torch.testing.assert_close(half.float(), out, atol=1e-5, rtol=1 / 128)
+    torch.testing.assert_close(twice_lse, lse + math.log(2), atol=1e-5, rtol=0)
     if cut:
         slots = {key[0]: found.slots for key, found in table.cache.items()}  # type: ignore[index]
         assert slots["key"] and (slots["query"] or case.selected <= 2)

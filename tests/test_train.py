@@ -25,14 +25,16 @@ from distattn import checkpoint
 from distattn.conf import schema
 from distattn.data import open_corpus
 from distattn.errors import CheckpointError, ConfigError, DistattnError, NotFinite
-from distattn.jobs import train
+from distattn.jobs import reading, train
 from distattn.jobs.context import Context
 from distattn.jobs.curve import Row, read
 from distattn.jobs.settings import attention_spec, plan_options
+from distattn.jobs.trainer import Measured
 from distattn.launch.local import rank_environment
 from distattn.launch.processes import Exit, Message, Processes
 from distattn.model import Decoder, ModelConfig
 from distattn.plan import make_plan
+from distattn.sharding import local
 
 PATIENCE = 400.0  # seconds to wait for what takes a few on an idle machine
 # 301 tokens are no whole number of tiles, and 24 of 32 rows no whole number of slices of a shard.
@@ -40,7 +42,7 @@ SMALL = [
     "job=train", "data=path", f"data.path={argparse.__file__}", "seq_len=301", "layout.block_q=32", "layout.block_k=32",
     "model.width=32", "model.hidden=48", "model.heads=2",
     "model.kv_heads=1", "model.head_dim=16", "model.slice_rows=24", "job.steps=10", "job.warmup=3", "job.save_every=4",
-    "job.learning_rate=0.01",
+    "job.log_every=1", "job.tensorboard=false", "job.learning_rate=0.01",
 ]  # fmt: skip
 WINDOW = ["attention=window_global", "attention.reach=40"]
 
@@ -96,13 +98,10 @@ def run(context: Context, folder: str, overrides: list[str], stop: int | None = 
     reporter = Lines()
     step, complete = train.Trainer.step, checkpoint._complete
 
-    def stopping(trainer: train.Trainer, number: int) -> Row:
+    def stopping(trainer: train.Trainer, number: int) -> Measured:
         if stop is not None and number > stop and not how:
             raise Stop
-        row = step(trainer, number)
-        if how == "apart" and number == stop and context.rank == 1:
-            trainer.parameters[3].data[0] += 1e-3
-        return row
+        return step(trainer, number)
 
     def failing(saved: checkpoint.Saved, aside: Path) -> None:
         if how == "full disk" and saved.step == stop:
@@ -120,9 +119,14 @@ def run(context: Context, folder: str, overrides: list[str], stop: int | None = 
     return {"result": result, "error": error, "lines": reporter.lines}
 
 
+def step_of(trainer: train.Trainer, number: int) -> Row:
+    (row,) = trainer.rows([trainer.step(number)], 1.0)
+    return row
+
+
 def curve_of(folder: str | Path) -> list[tuple[float, ...]]:
-    """All that is reproducible: step, loss, bits per byte, learning rate, gradient norm."""
-    return [astuple(row)[:-1] for row in read(Path(folder) / train.CURVE)]
+    """All that is reproducible and there: all but the speed."""
+    return [tuple(x for x in astuple(row)[:-1] if x is not None) for row in read(Path(folder) / train.CURVE)]
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -160,7 +164,7 @@ def test_the_curve_does_not_depend_on_the_number_of_ranks(whole: dict[int, Path]
     one, two, four = (curve_of(whole[count]) for count in (1, 2, 4))
     assert [row[0] for row in one] == [*range(1, 11)]
     for row in one:
-        assert row[2] == row[1] / math.log(2)
+        assert row[2] == pytest.approx(row[1] / math.log(2), rel=1e-6)
     # An untrained model knows nothing of bytes: near log 256 nats; then it learns.
     assert abs(one[0][1] - math.log(256)) < 0.3 and one[-1][1] < one[0][1] - 1
     for other in (two, four):
@@ -202,7 +206,7 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
     rates = [0.001, 0.002, 0.003, *(0.0015 * (1 + math.cos(math.pi * n / 7)) for n in range(7))]
     clipped = 0
     for step, rate in enumerate(rates[:6], 1):
-        starts = [train.window_start(config, len(corpus), step, part) for part in range(2)]
+        starts = [start_of(config, len(corpus), step, part) for part in range(2)]
         texts = [torch.from_numpy(corpus.read(start, start + 302).astype("int64")) for start in starts]
         tokens = torch.stack([text[:-1] for text in texts])
         labels = torch.stack([text[1:] for text in texts])
@@ -216,22 +220,46 @@ def test_plain_pytorch_gives_the_same_curve(tmp_path: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        row = trainer.step(step)
+        row = step_of(trainer, step)
         assert (row.step, row.loss, row.learning_rate, row.gradient_norm) == pytest.approx(
             (step, float(loss.detach()), rate, norm), rel=2e-5
         )
     assert clipped > 3
 
 
+def start_of(config: schema.Config, length: int, step: int, part: int, row: int = 0) -> int:
+    return reading.window_start(config, length, reading.random_of(config, step, part, row))
+
+
 def test_windows_differ_and_have_a_next_byte() -> None:
     config = config_of("data.offset=100")
     length = 100 + 301 + 5  # of which a window may begin at five
-    starts = [train.window_start(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    starts = [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
     assert {*starts} == {*range(100, 105)}
-    assert starts == [train.window_start(config, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert starts == [start_of(config, length, step, part) for step in range(1, 60) for part in range(2)]
     assert starts[::2] != starts[1::2]  # of the two windows of a step
     other = config_of("data.offset=100", "seed=1")
-    assert starts != [train.window_start(other, length, step, part) for step in range(1, 60) for part in range(2)]
+    assert starts != [start_of(other, length, step, part) for step in range(1, 60) for part in range(2)]
+
+
+def test_groups_of_ranks_with_windows_of_their_own(ranks: RankPool, tmp_path: Path) -> None:
+    """Two groups that read one window each learn what one group learns of two, one after the other."""
+    curves = []
+    for groups, count, heads in ((1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 4, 2)):
+        folder = tmp_path / f"{groups} {count} {heads}"
+        folder.mkdir()
+        parts = [f"job.data_ranks={groups}", f"job.accumulate={2 // groups}", "job.steps=6"]
+        (first, *_) = ranks(count, run, str(folder), [*parts, "model.kv_heads=2", f"layout.head_ranks={heads}"])
+        assert first["error"] is None and first["result"]["tokens_per_step"] == 602
+        curves.append(curve_of(folder))
+    for other in curves[1:]:
+        for mine, theirs in zip(curves[0], other, strict=True):
+            assert theirs == pytest.approx(mine, abs=1e-4)
+
+
+def test_how_often_it_is_read_back_changes_nothing(whole: dict[int, Path], tmp_path: Path) -> None:
+    done = own_run(tmp_path, "job.log_every=3")
+    assert done["error"] is None and curve_of(tmp_path) == curve_of(whole[1])
 
 
 HIERARCHICAL = ["attention=hierarchical", "attention.window=32", "attention.chunks=[16,64]", "attention.reach=[2]"]
@@ -296,15 +324,6 @@ def test_other_numbers_of_ranks_go_on_with_the_same_curve(
         assert theirs == pytest.approx(mine, abs=1e-4)
 
 
-def test_ranks_that_came_apart_are_found(ranks: RankPool, tmp_path: Path) -> None:
-    for one in ranks(3, run, str(tmp_path), [], 8, "apart"):
-        assert type(one["error"]) is CheckpointError
-        assert str(one["error"]).startswith(
-            "step 8: parameters have come apart: those of rank 1 are not those of rank 0"
-        )
-    assert steps_of(tmp_path) == [4]
-
-
 def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
     done = ranks(2, run, str(tmp_path), ["job.learning_rate=1e30", "job.warmup=0"])
     assert len({str(one["error"]) for one in done}) == 1
@@ -314,22 +333,56 @@ def test_a_loss_that_is_not_finite_ends_all_ranks(ranks: RankPool, tmp_path: Pat
     assert not (tmp_path / train.CHECKPOINTS).exists()
 
 
-def test_what_is_not_finite_changes_nothing(tmp_path: Path) -> None:
-    trainer = train.Trainer(config_of(), here(tmp_path), open_corpus(argparse.__file__))
-    trainer.step(1)
-    with torch.no_grad():
-        trainer.model.head[:] = math.inf
-    before = {name: x.clone() for name, x in trainer.state()["model"].items()}
-    with pytest.raises(NotFinite, match="step 2: the loss is nan"):
-        trainer.step(2)
-    torch.testing.assert_close(trainer.state()["model"], before, rtol=0, atol=0, equal_nan=True)
-    assert float(trainer.state()["optimizer"]["norm"]["step"]) == 1
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_not_finite_changes_nothing(ranks: RankPool, tmp_path: Path, count: int) -> None:
+    assert ranks(count, goes_on_without_a_step, str(tmp_path)) == [None] * count
+
+
+def goes_on_without_a_step(context: Context, folder: str) -> None:
+    """The second of three steps is not finite: the third begins where the first ended; it is told at the end."""
+    trainer = train.Trainer(config_of(), in_folder(context, folder), open_corpus(argparse.__file__))
+    measured = [trainer.step(1)]
+    head = local(trainer.model.head.detach())
+    before = [x.clone() for x in _flat(trainer.state())]
+    kept = head.clone()
+    head[:] = math.inf
+    measured.append(trainer.step(2))
+    head.copy_(kept)
+    torch.testing.assert_close([*_flat(trainer.state())], before, rtol=0, atol=0)
+    measured.append(trainer.step(3))
+    assert trainer.rows(measured[2:], 1.0)[0].loss < trainer.rows(measured[:1], 1.0)[0].loss
+    assert float(trainer.state()["optimizer"]["norm"]["step"]) == 2
+    with pytest.raises(NotFinite, match="step 2: the loss is (nan|inf)"):
+        trainer.rows(measured, 1.0)
+
+
+def _flat(state: checkpoint.State) -> Iterator[torch.Tensor]:
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            yield local(value)
+        else:
+            yield from _flat(value)
+
+
+def test_a_rank_keeps_a_share_of_parameters_and_optimiser(ranks: RankPool, tmp_path: Path) -> None:
+    for held, of_all in ranks(2, shares_held, str(tmp_path)):
+        assert held == {name: -(-n // 2) for name, n in of_all.items()}
+
+
+def shares_held(context: Context, folder: str) -> tuple[dict[str, int], dict[str, int]]:
+    trainer = train.Trainer(config_of(), in_folder(context, folder), open_corpus(argparse.__file__))
+    trainer.rows([trainer.step(1)], 1.0)
+    for name, p in trainer.model.named_parameters():
+        moments = trainer.state()["optimizer"][name]
+        assert {local(x).shape for x in (p, p.grad, moments["exp_avg"], moments["exp_avg_sq"])} == {local(p).shape}
+    parameters = dict(trainer.model.named_parameters())
+    return {name: len(local(p)) for name, p in parameters.items()}, {name: len(p) for name, p in parameters.items()}
 
 
 def test_bfloat16_arithmetic_with_float32_parameters(whole: dict[int, Path], tmp_path: Path) -> None:
     trainer = train.Trainer(config_of("model.dtype=bfloat16"), here(tmp_path), open_corpus(argparse.__file__))
     assert {p.dtype for p in trainer.parameters} == {torch.float32}
-    losses = [trainer.step(step).loss for step in range(1, 6)]
+    losses = [step_of(trainer, step).loss for step in range(1, 6)]
     expected = [row[1] for row in curve_of(whole[1])[:5]]
     assert losses == pytest.approx(expected, abs=0.03)
     assert max(abs(mine - theirs) for mine, theirs in zip(losses, expected, strict=True)) > 1e-4
@@ -337,7 +390,11 @@ def test_bfloat16_arithmetic_with_float32_parameters(whole: dict[int, Path], tmp
 
 @pytest.mark.parametrize(
     "where",
-    ["writing", *(pytest.param(where, marks=pytest.mark.full) for where in ("gradients", "reading again"))],
+    [
+        "writing",
+        "gradients",
+        *(pytest.param(where, marks=pytest.mark.full) for where in ("parameters", "frozen", "reading again")),
+    ],
 )
 def test_a_rank_that_dies_is_named_to_the_others(tmp_path: Path, where: str) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -346,14 +403,16 @@ def test_a_rank_that_dies_is_named_to_the_others(tmp_path: Path, where: str) -> 
     events: list[tuple[int, object]] = []
     end = time.monotonic() + PATIENCE
     with Processes("trial_jobs:loses_a_peer_in_training", seats, rank_environment()) as processes:
-        while sum(isinstance(event, Exit) for _, event in events) < 2 and time.monotonic() < end:
+        while sum(isinstance(event, Exit) for _, event in events) < 1 + (where != "frozen") and time.monotonic() < end:
             events += processes.poll(1.0)
-    assert (1, Exit(9)) in events and (0, Exit(0)) in events, events
+    assert (0, Exit(0)) in events and ((1, Exit(9)) in events) == (where != "frozen"), events
     ((kind, text),) = [event.value for rank, event in events if rank == 0 and isinstance(event, Message)]
-    assert (
-        kind == "PeerLost"
-        and ("step 1: rank 0: summing gradients" if where == "gradients" else "a peer was lost") in text
-    )
+    assert kind == ("StepTimeout" if where == "frozen" else "PeerLost")
+    assert {
+        "gradients": "sum gradients: failed",
+        "parameters": "gather parameters: failed",
+        "frozen": "sum gradients: did not end within 3 s; there is no sign of life of rank 1",
+    }.get(where, "a peer was lost") in text
     assert [path.name for path in (tmp_path / "checkpoints").glob("*")] in ([], ["step-00000001.tmp"])
 
 
@@ -413,6 +472,10 @@ def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("job.steps=0", "job.steps is 0; expected at least 1"),
         ("job.accumulate=0", "job.accumulate is 0; expected at least 1"),
+        ("job.data_ranks=0", "job.data_ranks is 0; expected at least 1"),
+        ("job.log_every=0", "job.log_every is 0; expected at least 1"),
+        ("job.documents=true job.batch=2", "job.documents is true, with job.batch=2 and job.curriculum=text; expected"),
+        ("job.documents=true attention=hierarchical", "expected a pattern and nothing else, since summaries, chosen"),
         ("job.save_every=0", "job.save_every is 0; expected at least 1"),
         ("job.learning_rate=0", "job.learning_rate is 0.0; expected more than 0"),
         ("job.learning_rate=nan", "job.learning_rate is nan; expected more than 0"),
@@ -429,7 +492,7 @@ def test_other_versions_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_what_cannot_be_trained_is_refused(override: str, message: str) -> None:
-    overrides = ["attention=hierarchical", override] if "lookahead" in override else [override]
+    overrides = ["attention=hierarchical", override] if "lookahead" in override else override.split()
     with pytest.raises(ConfigError, match=re.escape(message)):
         train.check(config_of(*overrides))
 

@@ -70,7 +70,7 @@ def test_triton_resumes() -> None:
     lse = torch.full(q.shape[:3], -torch.inf, device=DEVICE)
     attention_forward(q, own, guests, table, out, lse, scale=case.scale)
     twice, twice_lse = out.clone(), lse.clone()
-    attention_forward(q, own, guests, table, twice, twice_lse, scale=case.scale, resume=True)
+    attention_forward(q, own, guests, table, twice, twice_lse, scale=case.scale, before=twice)
     # Every key counted twice: the same mean, and log 2 more.
     torch.testing.assert_close(twice, out, atol=1e-5, rtol=0)
     torch.testing.assert_close(twice_lse, lse + np.log(2), atol=1e-5, rtol=0)

@@ -184,25 +184,32 @@ def trains_and_stays_in_a_save(config: Config, context: Context) -> None:
 
 
 def loses_a_peer_in_training(connection: Connection, seat: tuple[Config, int, int, str, Path]) -> None:
-    """One of two ranks: the second leaves as gradients are summed, or in a save; the first says what it gets."""
+    """One of two ranks: the second leaves or freezes in an exchange or in a save; the first says what it gets."""
     import torch.distributed as dist
 
-    from distattn import checkpoint
+    from distattn import checkpoint, sharding
     from distattn.errors import DistattnError
     from distattn.jobs import train
     from distattn.launch.ranks import join
 
     config, rank, port, where, folder = seat
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    context = join(rank, 2, rank, 2, "cpu", store, 60.0, folder, _Nobody())
+    context = join(rank, 2, rank, 2, "cpu", store, 3.0 if where == "frozen" else 60.0, folder, _Nobody())
 
-    def leave(*arguments: object) -> Any:
+    def leave(*arguments: object, **options: object) -> Any:
         os._exit(9)
+
+    def freeze(*arguments: object, **options: object) -> Any:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     if rank == 1:
         match where:
+            case "parameters":
+                sharding._AllGather.__call__ = leave  # type: ignore[method-assign]
             case "gradients":
-                train.sum_gradients = leave
+                sharding._ReduceScatter.__call__ = leave  # type: ignore[method-assign]
+            case "frozen":
+                sharding._ReduceScatter.__call__ = freeze  # type: ignore[method-assign]
             case "writing":
                 checkpoint._Writer.write_data = leave  # type: ignore[method-assign]
             case "reading again":

@@ -25,7 +25,7 @@ from distattn.conf.schema import Config
 from distattn.errors import ConfigError
 from distattn.jobs.context import Context
 
-JOBS = ("generate", "plan", "prefill", "train", "verify")
+JOBS = ("generate", "needle", "plan", "prefill", "train", "verify")
 
 Result = dict[str, Any]
 

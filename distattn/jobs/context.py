@@ -53,27 +53,34 @@ class Context:
     output_dir: Path
     reporter: Reporter = field(default_factory=Silent, repr=False)
 
-    def mesh_for(self, head_ranks: int) -> DeviceMesh | None:
-        """The mesh of attention in which so many ranks in a row exchange heads; all ranks ask for it together.
+    def mesh_for(self, head_ranks: int, data_ranks: int = 1) -> DeviceMesh | None:
+        """The mesh of attention in one of `data_ranks` groups of ranks, of which so many in a row exchange heads.
+
+        All ranks ask for it together. None: this rank is a group of its own.
 
         Raises:
             ConfigError: they do not divide the ranks.
         """
-        if self.world_size % head_ranks:
+        if self.world_size % (head_ranks * data_ranks):
+            groups = f" in each of {data_ranks} groups" if data_ranks > 1 else ""
             raise ConfigError(
-                f"head_ranks is {head_ranks}; expected a divisor of the number of ranks, {self.world_size}"
+                f"head_ranks is {head_ranks}{groups}; expected a divisor of the number of ranks, {self.world_size}"
             )
-        if head_ranks == 1:
+        if head_ranks == data_ranks == 1:
             return self.mesh
-        if head_ranks not in self._meshes:
+        if self.world_size == data_ranks:
+            return None
+        key = head_ranks, data_ranks
+        if key not in self._meshes:
             from torch.distributed.device_mesh import init_device_mesh
 
-            shape, names = (self.world_size // head_ranks, head_ranks), ("sequence", "heads")
-            self._meshes[head_ranks] = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        return self._meshes[head_ranks]
+            shape = (data_ranks, self.world_size // (data_ranks * head_ranks), head_ranks)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "sequence", "heads"))
+            self._meshes[key] = mesh["sequence"] if head_ranks == 1 else mesh["sequence", "heads"]
+        return self._meshes[key]
 
     @cached_property
-    def _meshes(self) -> dict[int, DeviceMesh]:
+    def _meshes(self) -> dict[tuple[int, int], DeviceMesh]:
         return {}
 
     def progress(self, stage: str, done: float, total: float, **info: object) -> None:

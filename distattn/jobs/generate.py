@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distattn import checkpoint
+from distattn import checkpoint, weights
 from distattn.cache import Cache, plan_levels
 from distattn.cached_levels import Sizes
 from distattn.conf.schema import Config, GenerateConfig
@@ -20,14 +20,14 @@ from distattn.errors import ConfigError
 from distattn.generate import Sampling, check_prompts, generate
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
-from distattn.jobs.settings import attention_spec, check_decoder, model_config
+from distattn.jobs.settings import check_decoder, layer_specs, model_config
 from distattn.model import DTYPES, Decoder
 from distattn.policies import HeaviestPages, Policy, SinksAndWindow
-from distattn.presets import dense
 from distattn.retrieval import Quest
-from distattn.spec import AttentionSpec
 
 CPU_RANKS = 1
+# What the shapes of parameters follow from.
+_SHAPES = ("layers", "width", "heads", "kv_heads", "head_dim", "hidden")
 
 
 def check(config: Config) -> None:
@@ -40,6 +40,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"layout.head_ranks is {config.layout.head_ranks}; expected 1, since a cache has all heads")
     check_prompts([prompt_of(config)], how, config.seq_len, job.slice_tokens)
     kept(config), retrieved(config)
+    check_weights(config, job.checkpoint)
     check_attention(config)
 
 
@@ -52,7 +53,7 @@ def check_attention(config: Config) -> None:
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Reads the prompt, writes the answers, and reports."""
     job, prompt, how = _job(config), prompt_of(config), sampling(config)
-    model = load_decoder(config, context)
+    model = load_decoder(config, context, job.checkpoint)
     more = {"retrieve": retrieved(config), "keep": kept(config)}
     cache = make_cache(config, context, len(prompt) + how.new_tokens, job.samples, **more)
     files = [context.output_dir / f"answer{number}.txt" for number in range(job.samples)]
@@ -164,12 +165,6 @@ def retrieved(config: Config) -> Quest | None:
     return None if pages is None else Quest(pages)
 
 
-def layer_specs(config: Config) -> list[AttentionSpec]:
-    """One a layer."""
-    spec = attention_spec(config)
-    return [dense() if layer in config.model.dense_layers else spec for layer in range(config.model.layers)]
-
-
 def make_cache(config: Config, context: Context, max_len: int, sequences: int, **more: Any) -> Cache:
     """Room for so many sequences of this length, and of each a block more on every rank. more: for the cache."""
     sizes, block = _sizes(config, max_len, sequences, context.device), config.layout.block_k
@@ -189,28 +184,53 @@ def make_cache(config: Config, context: Context, max_len: int, sequences: int, *
     )
 
 
-def load_decoder(config: Config, context: Context) -> Decoder:
-    """The decoder, with the parameters of job.checkpoint.
+def check_weights(config: Config, path: str | None) -> None:
+    """Finds weights that are missing or of a decoder of other sizes before any process starts; null: none.
+
+    Raises:
+        ConfigError: they are.
+        CheckpointError: they cannot be read.
+    """
+    if path is None:
+        return
+    place = Path(path).expanduser()
+    if place.is_dir():
+        sizes = {name: checkpoint.inspect(place).settings.get(f"model.{name}") for name in _SHAPES}
+    elif place.exists():
+        sizes = vars(weights.load(place).decoder.config)
+    else:
+        raise ConfigError(f"job.checkpoint is {path!r}, which does not exist; expected a folder or a file of weights")
+    for name in _SHAPES:
+        if sizes[name] != getattr(config.model, name):
+            raise ConfigError(
+                f"job.checkpoint is {path}, in which model.{name} is {sizes[name]}; expected "
+                f"{getattr(config.model, name)}"
+            )
+
+
+def load_decoder(config: Config, context: Context, path: str | None) -> Decoder:
+    """The decoder, with the parameters of a checkpoint's folder or of a file of weights; null: as they are drawn.
 
     Raises:
         ConfigError: these are of a decoder of other sizes.
         CheckpointError: they cannot be read.
     """
-    job, sizes = _job(config), model_config(config)
-    if job.checkpoint is None:
-        return Decoder(sizes, config.seed).to(context.device)
+    sizes = model_config(config)
+    decoder = Decoder(sizes, config.seed).to(context.device)
+    if path is None:
+        return decoder
     group = None if context.mesh is None else context.mesh.get_group()
-    saved = checkpoint.on_first(group, lambda: checkpoint.inspect(Path(str(job.checkpoint)).expanduser()))
-    for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"):
-        was, now = saved.settings.get(f"model.{name}"), getattr(config.model, name)
-        if was != now:
-            raise ConfigError(f"job.checkpoint is {job.checkpoint}, in which model.{name} is {was}; expected {now}")
+    checkpoint.on_first(group, lambda: check_weights(config, path))
+    place = Path(path).expanduser()
+    if place.is_file():
+        decoder.load_state_dict(weights.load(place).decoder.state_dict())
+        return decoder
+    saved = checkpoint.on_first(group, lambda: checkpoint.inspect(place))
     # Training keeps float32 where the arithmetic is bfloat16.
     kept = replace(sizes, dtype="float32") if sizes.dtype == "bfloat16" else sizes
     model = Decoder(kept, config.seed).to(context.device)
     state = {"model": {name: p.detach() for name, p in model.named_parameters()}}
     checkpoint.load(saved, state, group=group)
-    decoder = Decoder(sizes, config.seed).to(context.device)
     decoder.load_state_dict(model.state_dict())
     return decoder
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from distattn.attend import Selection
 from distattn.conf.schema import Config, PrefillConfig
 from distattn.data import IGNORE, open_corpus
 from distattn.errors import ConfigError
-from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.jobs.context import Context
 from distattn.jobs.machine import device_name, peak_bytes, synchronize
-from distattn.jobs.settings import attention_spec, check_decoder, model_config, plan_options
+from distattn.jobs.sampled import Sampled
+from distattn.jobs.settings import attention_spec, check_decoder, layer_specs, model_config, plan_options
+from distattn.layout import Layout
 from distattn.model import DTYPES, Decoder
 from distattn.operators import sent
+from distattn.patterns import Documents
 from distattn.plan import Plan, make_plan
-from distattn.presets import dense
+from distattn.spans import Ints
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
 
@@ -126,15 +128,28 @@ def _picture(plan: Plan, path: Path) -> str:
         return f"not drawn: {error}"
 
 
-def layer_plans(config: Config, context: Context) -> list[Plan]:
-    """One plan a layer, all with the layout of the first."""
-    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks)
-    first = make_plan(attention_spec(config), mesh=mesh, **options)
-    plans = []
-    for layer in range(config.model.layers):
-        spec = dense() if layer in config.model.dense_layers else first.spec
-        plans.append(make_plan(spec, mesh=mesh, **options | {"layout": first.layout}))
-    return plans
+def layer_plans(
+    config: Config,
+    context: Context,
+    data_ranks: int = 1,
+    documents: Ints | None = None,
+    layout: Layout | None = None,
+) -> list[Plan]:
+    """One plan a layer, all with the layout that suits `attention`.
+
+    Args:
+        data_ranks: into how many groups the ranks are divided; of this rank's group.
+        documents: lengths of what lies in the sequence, if attention is not to leave it.
+        layout: of other plans, whose rows these take; None: chosen.
+    """
+    options, mesh = plan_options(config), context.mesh_for(config.layout.head_ranks, data_ranks)
+    specs = layer_specs(config)
+    if layout is None:
+        layout = make_plan(attention_spec(config), mesh=mesh, **options).layout
+    if documents is not None:
+        inside = Documents(documents)
+        specs = [replace(spec, tokens=spec.tokens & inside) for spec in specs]
+    return [make_plan(spec, mesh=mesh, **options | {"layout": layout}) for spec in specs]
 
 
 @dataclass(frozen=True)
@@ -179,18 +194,8 @@ class _Checker:
         synchronize(self.context)
         start = time.perf_counter()
         plan = self.plans[layer]
-        owner = plan.layout.owner_of(self.positions)
-        mine = torch.from_numpy(np.searchsorted(plan.positions.numpy(), self.positions[owner == plan.rank]))
-        mine = mine.to(q.device)
-        order = torch.from_numpy(np.argsort(np.argsort(owner, kind="stable"), kind="stable"))
-        counts = np.bincount(owner, minlength=plan.world_size).tolist()
-
-        def everywhere(x: Tensor) -> Tensor:
-            """The sampled rows of all ranks, by position: [rows, ...]."""
-            rows: Tensor = _gather(x, counts, self.context)[order.to(x.device)]
-            return rows
-
-        rows, got = everywhere(q[0, mine]).unsqueeze(0), everywhere(out[0, mine]).unsqueeze(0)
+        sampled = Sampled(plan, self.positions, self.context)
+        rows, got = (sampled.everywhere(x[0, sampled.mine]).unsqueeze(0) for x in (q, out))
         more: list[reference.Part] = []
         if plan.spec.is_static:
             part, part_lse = reference.attention_rows(
@@ -199,8 +204,9 @@ class _Checker:
         else:
             chosen = None
             if selection is not None:
-                tile = mine if selection.spec is None or selection.spec.per == "token" else mine // selection.spec.chunk
-                chosen = everywhere(selection.chunks[0, :, tile].transpose(0, 1)).cpu()
+                spec = selection.spec
+                tile = 1 if spec is None or spec.per == "token" else spec.chunk
+                chosen = sampled.chosen(selection.chunks, tile).cpu()
             (part, part_lse), summaries = hierarchy_rows.attention_rows(
                 rows,
                 self.positions.tolist(),
@@ -211,35 +217,13 @@ class _Checker:
                 key_positions=plan.positions,
                 chosen=chosen,
                 extras=extras,
-                total=lambda x: _total(x, self.context),
+                total=sampled.total,
             )
             more.append(summaries)
-        ranks = [1] * plan.world_size
-        parts = list(
-            zip(
-                _gather(part, ranks, self.context, split=True),
-                _gather(part_lse, ranks, self.context, split=True),
-                strict=True,
-            )
-        )
-        expected, _ = reference.merge([*parts, *more])
+        expected, _ = sampled.merged(part, part_lse, more)
         self.errors.append(reference.max_error(got, expected))
         self.context.progress("prefill", layer + 1, len(self.plans) + 1)
         self.seconds += time.perf_counter() - start
-
-
-def _gather(x: Tensor, counts: list[int], context: Context, split: bool = False) -> Any:
-    """All ranks' rows along dim 0: joined, or as a list by rank."""
-    mesh = context.mesh
-    parts = [x] if mesh is None else gather_rows(x.contiguous(), counts, mesh.get_group().group_name)
-    return parts if split else torch.cat(parts)
-
-
-def _total(x: Tensor, context: Context) -> Tensor:
-    """The sum over all ranks."""
-    if context.mesh is not None:
-        dist.all_reduce(x, group=context.mesh.get_group())
-    return x
 
 
 def _arithmetic(plans: list[Plan]) -> dict[str, float]:

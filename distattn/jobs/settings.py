@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distattn import presets
-from distattn.conf.schema import Config
+from distattn.conf.schema import Config, TrainConfig
 from distattn.errors import ConfigError
 from distattn.heads import refusal
 from distattn.model import ModelConfig
@@ -34,6 +34,18 @@ def attention_spec(config: Config) -> AttentionSpec:
         raise ConfigError(f"attention={name}: {error}") from error
 
 
+def layer_specs(config: Config) -> list[AttentionSpec]:
+    """Who attends to whom, a layer each: `attention`, but for the dense and the window layers of the model.
+
+    Raises:
+        ConfigError: as `attention_spec`.
+    """
+    model, spec = config.model, attention_spec(config)
+    others = dict.fromkeys(model.dense_layers, presets.dense())
+    others |= dict.fromkeys(model.window_layers, presets.mistral(model.window))
+    return [others.get(layer, spec) for layer in range(model.layers)]
+
+
 def check(config: Config) -> None:
     """Check what all jobs have in common.
 
@@ -57,9 +69,14 @@ def check(config: Config) -> None:
     model = config.model
     if model.heads % model.kv_heads:
         raise ConfigError(f"model.heads is {model.heads}; expected a multiple of model.kv_heads, {model.kv_heads}")
-    for layer in model.dense_layers:
-        if not 0 <= layer < model.layers:
-            raise ConfigError(f"model.dense_layers has {layer}; expected a layer from 0 to {model.layers - 1}")
+    for name in ("dense_layers", "window_layers", "unrotated_layers"):
+        for layer in getattr(model, name):
+            if not 0 <= layer < model.layers:
+                raise ConfigError(f"model.{name} has {layer}; expected a layer from 0 to {model.layers - 1}")
+    if both := {*model.dense_layers} & {*model.window_layers}:
+        raise ConfigError(f"model.dense_layers and model.window_layers both have {min(both)}; expected one of them")
+    if model.window < 1:
+        raise ConfigError(f"model.window is {model.window}; expected at least 1")
     path = config.data.path
     if path is not None and not Path(path).expanduser().exists():
         raise ConfigError(f"data.path is {path!r}, which does not exist; expected a file or a folder")
@@ -75,6 +92,10 @@ def check_ranks(config: Config, world_size: int) -> None:
     """
     if world_size < 1:
         raise ConfigError(f"cluster.world_size is {world_size}; expected at least 1")
+    data_ranks = config.job.data_ranks if isinstance(config.job, TrainConfig) else 1
+    if world_size % data_ranks:
+        raise ConfigError(f"job.data_ranks is {data_ranks}; expected a divisor of the number of ranks, {world_size}")
+    world_size //= data_ranks
     if world_size % config.layout.head_ranks:
         raise ConfigError(
             f"layout.head_ranks is {config.layout.head_ranks}; expected a divisor of the number of ranks, {world_size}"

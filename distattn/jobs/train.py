@@ -1,8 +1,9 @@
 """job=train: the decoder learns the bytes of a text, a window of seq_len of them at a time, sharded over the ranks.
 
-Parameters are alike on all ranks; each computes the loss and the gradients of its own rows, and these are summed. What
-a step reads follows from the seed and the step's number, so a run that resumes needs parameters and the optimiser's
-state, and nothing else: on CPUs and as many ranks as before it goes on bit for bit as if it had never stopped.
+Each rank computes the loss and the gradients of its own rows; these are summed, and parameters are sharded over all
+ranks (trainer.py, sharding.py). What a step reads follows from the seed and the step's number, so a run that resumes
+needs parameters and the optimiser's state, and nothing else: on CPUs and as many ranks as before it goes on bit for bit
+as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -10,34 +11,30 @@ from __future__ import annotations
 import json
 import math
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
-from distattn import checkpoint
+from distattn import checkpoint, weights
 from distattn.checkpoint import Saved
 from distattn.conf.schema import Config, TrainConfig
 from distattn.data import Corpus, open_corpus
-from distattn.errors import CheckpointError, ConfigError, NotFinite, PeerLost
+from distattn.errors import ConfigError
 from distattn.jobs.context import Context
-from distattn.jobs.curve import Curve, Row, read
-from distattn.jobs.machine import device_name, peak_bytes
-from distattn.jobs.prefill import layer_plans
-from distattn.jobs.settings import attention_spec, check_decoder, model_config
-from distattn.model import Decoder
+from distattn.jobs.curve import Curve, board, read
+from distattn.jobs.machine import device_name, peak_bytes, synchronize
+from distattn.jobs.settings import attention_spec, check_decoder, layer_specs
+from distattn.jobs.trainer import Measured, Trainer
+from distattn.sharding import whole
+from distattn.windows import CURRICULA
 
 CHECKPOINTS = "checkpoints"
 CURVE = "train.csv"
-BETAS = (0.9, 0.95)
+BOARD = "tensorboard"
 # What the shapes of parameters follow from.
 _SIZES = tuple(f"model.{name}" for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))
 
@@ -46,9 +43,11 @@ def check(config: Config) -> None:
     """Finds what cannot be trained before any process starts."""
     job = config.job
     assert isinstance(job, TrainConfig)
-    for name in ("steps", "accumulate", "save_every"):
+    for name in ("steps", "batch", "accumulate", "data_ranks", "validate_windows", "log_every", "save_every"):
         if getattr(job, name) < 1:
             raise ConfigError(f"job.{name} is {getattr(job, name)}; expected at least 1")
+    if job.until is not None and not 1 <= job.until <= job.steps:
+        raise ConfigError(f"job.until is {job.until}; expected 1 to job.steps, {job.steps}, or null")
     if not 0 < job.learning_rate < math.inf:
         raise ConfigError(f"job.learning_rate is {job.learning_rate}; expected more than 0")
     if not 0 <= job.warmup <= job.steps:
@@ -72,30 +71,77 @@ def check(config: Config) -> None:
             "foretell; expected attention.causal=true, and attention.lookahead=false where there is one"
         )
     check_decoder(config)
+    _check_curriculum(config)
+    corpus, held_out = corpora(config)
+    for one, offset in ((corpus, config.data.offset), *([(held_out, 0)] if held_out else [])):
+        one.require(config.seq_len, offset)
+        if offset + config.seq_len == len(one):
+            raise ConfigError(
+                f"seq_len is {config.seq_len:,} bytes, all that {one.source} has; expected at least one byte more, "
+                "which the last one is to foretell"
+            )
+
+
+def _check_curriculum(config: Config) -> None:
+    job = config.job
+    assert isinstance(job, TrainConfig)
+    if job.curriculum not in CURRICULA:
+        raise ConfigError(f"job.curriculum is {job.curriculum!r}; expected one of {', '.join(CURRICULA)}")
+    if not 0 <= job.choice_weight < math.inf:
+        raise ConfigError(f"job.choice_weight is {job.choice_weight}; expected at least 0")
+    if job.choice_weight:
+        selects = [spec.select for spec in layer_specs(config) if spec.select is not None]
+        if job.curriculum != "recall" or not selects or any(select.score != "mean" for select in selects):
+            raise ConfigError(
+                f"job.choice_weight is {job.choice_weight}; expected 0, or job.curriculum=recall and attention that "
+                'chooses chunks by their mean keys (attention.score="mean")'
+            )
+    if job.documents:
+        for spec in layer_specs(config):
+            if not spec.is_static or spec.correction is not None:
+                raise ConfigError(
+                    f"job.documents is true, and attention is {spec.text}; expected a pattern and nothing else, since "
+                    "summaries, chosen chunks and corrections reach across documents"
+                )
+        if job.batch > 1 or job.curriculum != "text":
+            raise ConfigError(
+                f"job.documents is true, with job.batch={job.batch} and job.curriculum={job.curriculum}; expected "
+                "job.batch=1 (job.accumulate reads more windows), as each window has documents of its own, and text"
+            )
+    if job.validate_every is not None:
+        if job.validate_every < 1:
+            raise ConfigError(f"job.validate_every is {job.validate_every}; expected at least 1, or null")
+        if config.data.held_out is None:
+            raise ConfigError(
+                f"job.validate_every is {job.validate_every}, but data.held_out is null; expected a share"
+            )
+
+
+def corpora(config: Config) -> tuple[Corpus, Corpus | None]:
+    """What is learned from, and what is held out, if anything is.
+
+    Raises:
+        ConfigError: data.held_out leaves no file for one of them, or the source cannot be read.
+    """
     corpus = open_corpus(config.data.path, config.data.suffix)
-    corpus.require(config.seq_len, config.data.offset)
-    if config.data.offset + config.seq_len == len(corpus):
-        raise ConfigError(
-            f"seq_len is {config.seq_len:,} bytes, all that {corpus.source} has; expected at least one byte more, "
-            "which the last one is to foretell"
-        )
+    return (corpus, None) if config.data.held_out is None else corpus.split(config.data.held_out)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains from the beginning, or from the checkpoint that there is, to the last step, and reports.
 
     Raises:
-        NotFinite: the loss or the gradient of a step is; no parameter was changed by it.
-        CheckpointError: one could not be written, or the ranks' parameters have come apart.
+        NotFinite: the loss or the gradient of a step is; no parameter was changed by it, and nothing saved after it.
+        CheckpointError: one could not be written.
         ConfigError: the checkpoint is of a run with other settings.
     """
     job = config.job
     assert isinstance(job, TrainConfig)
     group = None if context.mesh is None else context.mesh.get_group()
-    corpus = open_corpus(config.data.path, config.data.suffix)
+    corpus, held_out = corpora(config)
     _require_one_text(corpus, group)
-    settings = settings_of(config, corpus)
-    trainer = Trainer(config, context, corpus)
+    settings = settings_of(config, corpus, held_out)
+    trainer = Trainer(config, context, corpus, None if job.validate_every is None else held_out)
     folder, path = context.output_dir / CHECKPOINTS, context.output_dir / CURVE
     begun = checkpoint.on_first(group, lambda: beginning(folder, job, settings, context.log))
     first, previous = 0, None
@@ -105,42 +151,71 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if context.rank == 0:
             context.log(f"training resumes after step {begun.step:,}, from {begun.path}")
 
-    seconds = 0.0
-    with Curve(path, first) if context.rank == 0 else nullcontext() as curve:
-        for step in range(first + 1, job.steps + 1):
-            row = trainer.step(step)
-            seconds += trainer.tokens / row.tokens_per_second
-            context.progress(
-                "train", step, job.steps, loss=f"{row.loss:.4f}", tokens_per_s=f"{row.tokens_per_second:,.0f}"
-            )
+    every, last = job.validate_every, job.steps if job.until is None else job.until
+    seconds, began = 0.0, time.perf_counter()
+    pending: list[Measured] = []
+    writer = None
+    if context.rank == 0 and job.tensorboard:
+        writer = board(context.output_dir / BOARD, first)
+        if writer is None:
+            context.log(f"TensorBoard is not installed: what is measured goes to {path} alone")
+    with Curve(path, first, writer) if context.rank == 0 else nullcontext() as curve:
+        for step in range(first + 1, last + 1):
+            pending.append(trainer.step(step))
+            looks = every is not None and (step % every == 0 or step == last)
+            saves = step % job.save_every == 0 or step == last
+            if not (looks or saves or step % job.log_every == 0):
+                continue
+            # Reading waits for the device; what is not finite ends the run here, before anything is saved.
+            synchronize(context)
+            took = time.perf_counter() - began
+            rows = trainer.rows(pending, took)
+            seconds += took
+            pending = []
+            if looks:
+                rows[-1] = replace(rows[-1], held_out_bits=trainer.validate())
+            said = {"loss": f"{rows[-1].loss:.4f}", "tokens_per_s": f"{rows[-1].tokens_per_second:,.0f}"}
+            if rows[-1].mfu is not None:
+                said["mfu"] = f"{rows[-1].mfu:.1%}"
+            context.progress("train", step, last, **said)
             if curve is not None:
-                curve.add(row)
-            if step % job.save_every == 0 or step == job.steps:
+                curve.add(rows)
+            if saves:
                 if curve is not None:
                     curve.flush()
-                require_equal(trainer.state(), step, group)
                 previous = checkpoint.save(
                     folder, step, trainer.state(), group=group, settings=settings, previous=previous
                 )
+            began = time.perf_counter()
 
     peaks = checkpoint.gather(group, peak_bytes(context))
+    learned = whole(trainer.model) if job.export is not None else {}
     if context.rank:
         return {}
+    if job.export is not None:
+        file = Path(job.export).expanduser()
+        weights.export(file, trainer.model.config, learned, exported(config, settings))
     rows = read(path)
     report = {
         "seq_len": config.seq_len,
         "world_size": context.world_size,
         "device": device_name(context),
         "dtype": config.model.dtype,
-        "layout": trainer.plans[0].layout.name,
-        "attention": [plan.spec.text for plan in trainer.plans],
+        "layout": trainer.layout.name,
+        "attention": trainer.texts,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "tokens_per_step": trainer.tokens,
-        "steps": job.steps,
+        "steps": last,
         "resumed_after": first,
         "curve": [(row.step, row.bits_per_byte) for row in (rows[:1] + rows[-1:])],
+        "answer_bits": rows[-1].answer_bits if rows else None,
+        "chosen": rows[-1].chosen if rows else None,
+        "held_out_bits": rows[-1].held_out_bits if rows else None,
+        "held_out": None if held_out is None else held_out.fingerprint,
+        "export": job.export,
         "seconds": seconds,
-        "tokens_per_second": (job.steps - first) * trainer.tokens / seconds if seconds else None,
+        "tokens_per_second": (last - first) * trainer.tokens / seconds if seconds else None,
+        "mfu": rows[-1].mfu if rows else None,
         "peak_bytes": peaks,
         "checkpoint": None if previous is None else str(previous),
     }
@@ -148,123 +223,22 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"report": _text(report, context.output_dir), **report}
 
 
-class Trainer:
-    """The decoder, its optimiser, and what one step does to them."""
-
-    def __init__(self, config: Config, context: Context, corpus: Corpus) -> None:
-        job = config.job
-        assert isinstance(job, TrainConfig)
-        self.config, self.job, self.context, self.corpus = config, job, context, corpus
-        self.group = None if context.mesh is None else context.mesh.get_group()
-        self.tokens = config.seq_len * job.accumulate
-        """Of a step, over all ranks."""
-        self.plans = layer_plans(config, context)
-        # What is learned stays in float32 where the arithmetic is bfloat16: small updates would be lost.
-        sizes = model_config(config)
-        self.mixed = sizes.dtype == "bfloat16"
-        self.model = Decoder(replace(sizes, dtype="float32") if self.mixed else sizes, config.seed).to(context.device)
-        self.parameters = list(self.model.parameters())
-        matrices, others = ([p for p in self.parameters if (p.ndim > 1) == wanted] for wanted in (True, False))
-        groups = [
-            {"params": matrices, "weight_decay": job.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=job.learning_rate, betas=BETAS)
-        for p in self.parameters:  # as AdamW itself begins, but now: there must be something to read a checkpoint into
-            self.optimizer.state[p] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-
-    def state(self) -> checkpoint.State:
-        """All that a step changes, by name; the tensors themselves, not copies."""
-        named = dict(self.model.named_parameters())
-        return {
-            "model": {name: p.detach() for name, p in named.items()},
-            "optimizer": {name: dict(self.optimizer.state[p]) for name, p in named.items()},
-        }
-
-    def step(self, step: int) -> Row:
-        """One update by the windows of that step, counted from 1; the same numbers on every rank.
-
-        Raises:
-            NotFinite: the loss or the gradient is, on every rank; parameters and optimiser are as before.
-            PeerLost: a rank ended or did not answer; `attend` raises it too.
-        """
-        began = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        nats = torch.zeros((), dtype=torch.float64, device=self.context.device)
-        for part in range(self.job.accumulate):
-            nats += self._learn(window_start(self.config, len(self.corpus), step, part))
-        if self.group is not None:
-            try:
-                dist.all_reduce(nats, group=self.group)
-                sum_gradients(self.parameters, self.group)
-            except RuntimeError as error:
-                raise PeerLost(f"step {step}: rank {self.context.rank}: summing gradients failed: {error}") from error
-        loss = nats.item() / self.tokens
-        most = math.inf if self.job.clip is None else self.job.clip
-        norm = clip_grad_norm_(self.parameters, most).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFinite(
-                f"step {step}: the loss is {loss} and the norm of its gradient {norm}; expected finite numbers "
-                "(a lower job.learning_rate or a longer job.warmup may help)"
-            )
-        rate = learning_rate(self.job, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        seconds = time.perf_counter() - began
-        return Row(step, loss, loss / math.log(2), rate, norm, self.tokens / seconds)
-
-    def _learn(self, start: int) -> Tensor:
-        """Adds the gradients of this rank's rows of a window to the parameters'; the sum of their losses, float64."""
-        segments, device = self.plans[0].segments, self.context.device
-        tokens = torch.from_numpy(self.corpus.read_segments(segments, start)).unsqueeze(0).to(device)
-        # By position from the text, so that the last row of a shard has the first byte of the next one.
-        labels = torch.from_numpy(self.corpus.labels(segments, start)).unsqueeze(0).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed):
-            nats = self.model.loss(self.model(tokens, self.plans), labels).double().sum()
-        (nats / self.tokens).backward()
-        return nats.detach()
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """The sum over all ranks takes the place of each gradient, by one all-reduce: parameters are whole on every rank.
-
-    All ranks get the same bits, and the same ones whenever they sum the same numbers.
-    """
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=group)
-    for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = total.view_as(p)
-
-
-def learning_rate(job: TrainConfig, step: int) -> float:
-    """Of a step, counted from 1: in a line up to job.learning_rate at step job.warmup, then half a cosine down to 0."""
-    if step <= job.warmup:
-        return job.learning_rate * step / job.warmup
-    share = (step - 1 - job.warmup) / (job.steps - job.warmup)
-    return job.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def window_start(config: Config, length: int, step: int, part: int) -> int:
-    """Where in a text of `length` bytes a window begins: drawn for the step and its part, from data.offset on.
-
-    A byte follows each window, so that all of its tokens have a label.
-    """
-    draw = np.random.default_rng((config.seed, step, part))
-    return int(draw.integers(config.data.offset, length - config.seq_len))
-
-
-def settings_of(config: Config, corpus: Corpus) -> dict[str, Any]:
+def settings_of(config: Config, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
     """What the curve follows from, but for rounding: name -> a value of a JSON type."""
     job = config.job
     assert isinstance(job, TrainConfig)
     model = {name: value for name, value in vars(config.model).items() if name != "slice_rows"}
-    named = ("steps", "learning_rate", "warmup", "weight_decay", "clip", "accumulate")
+    named = (
+        "steps",
+        "learning_rate",
+        "warmup",
+        "weight_decay",
+        "clip",
+        "data_ranks",
+        "batch",
+        "accumulate",
+        "curriculum",
+    )
     return {
         **{f"model.{name}": value for name, value in model.items()},
         **{f"job.{name}": getattr(job, name) for name in named},
@@ -272,7 +246,19 @@ def settings_of(config: Config, corpus: Corpus) -> dict[str, Any]:
         "seq_len": config.seq_len,
         "seed": config.seed,
         "data.offset": config.data.offset,
+        "data.held_out": config.data.held_out,
         "data": corpus.fingerprint,
+        "held_out": None if held_out is None else held_out.fingerprint,
+    }
+
+
+def exported(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the file of weights: how they were trained, and what overrides give the same layers."""
+    layers = ("dense_layers", "window_layers", "window")
+    return {
+        "training": settings,
+        "attention": dict(config.attention),
+        "layers": {name: getattr(config.model, name) for name in layers},
     }
 
 
@@ -309,21 +295,6 @@ def beginning(folder: Path, job: TrainConfig, settings: dict[str, Any], log: Cal
     return saved
 
 
-def require_equal(state: checkpoint.State, step: int, group: dist.ProcessGroup | None) -> None:
-    """Check that all ranks hold the same parameters and optimiser state, to the bit.
-
-    Raises:
-        CheckpointError: they do not; on every rank.
-    """
-    found = checkpoint.gather(group, _crc32(state))
-    differ = [rank for rank, one in enumerate(found) if one != found[0]]
-    if differ:
-        raise CheckpointError(
-            f"step {step}: parameters have come apart: those of rank {', '.join(map(str, differ))} are not those of "
-            "rank 0; nothing was saved"
-        )
-
-
 def _require_one_text(corpus: Corpus, group: dist.ProcessGroup | None) -> None:
     found = checkpoint.gather(group, corpus.fingerprint)
     differ = [rank for rank, one in enumerate(found) if one != found[0]]
@@ -334,27 +305,14 @@ def _require_one_text(corpus: Corpus, group: dist.ProcessGroup | None) -> None:
         )
 
 
-def _crc32(state: checkpoint.State) -> int:
-    crc = 0
-    for x in _tensors(state):
-        crc = zlib.crc32(x.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc
-
-
-def _tensors(state: checkpoint.State) -> Iterator[Tensor]:
-    for value in state.values():
-        if isinstance(value, Tensor):
-            yield value
-        else:
-            yield from _tensors(value)
-
-
 def _text(r: dict[str, Any], folder: Path) -> str:
     """The report for a terminal."""
     resumed = f", resumed after step {r['resumed_after']:,}" if r["resumed_after"] else ""
     speed = "nothing was left to do"
     if r["tokens_per_second"]:
         speed = f"{r['tokens_per_second']:,.0f} tokens/s, {r['seconds']:.1f} s"
+        if r["mfu"] is not None:
+            speed += f", {r['mfu']:.1%} of the devices' bfloat16 FLOP/s in the last steps"
     lines = [
         (
             "training",
@@ -364,10 +322,14 @@ def _text(r: dict[str, Any], folder: Path) -> str:
         ("attention", "; ".join(dict.fromkeys(r["attention"]))),
         ("parameters", f"{r['parameters']:,}"),
         ("bits per byte", ", ".join(f"{bits:.4f} at step {step:,}" for step, bits in r["curve"])),
+        *([("held out", f"{r['held_out_bits']:.4f} bits per byte")] if r["held_out_bits"] is not None else []),
+        *([("answers", f"{r['answer_bits']:.4f} bits per byte")] if r["answer_bits"] is not None else []),
+        *([("chosen", f"{r['chosen']:.1%} of the chunks that are asked for")] if r["chosen"] is not None else []),
         ("speed", speed),
         ("peak memory", ", ".join(f"rank {i}: {x / 2**30:.2f} GiB" for i, x in enumerate(r["peak_bytes"]))),
         ("curve", str(folder / CURVE)),
         ("checkpoint", str(r["checkpoint"])),
+        *([("weights", r["export"])] if r["export"] else []),
         ("report", str(folder / "report.json")),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in lines)
