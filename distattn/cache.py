@@ -116,12 +116,13 @@ class Cache:
         self.released: dict[int, int] = {}
         self.lost: dict[int, int] = {}
         self.sequences, self.slot_of = sequences, dict[int, int]()
-        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device)
+        share = self.rank, self.world_size
+        wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device, share)
         self.level_plans = plan_levels(specs, wide)
         self.retrieval = None if retrieve is None else retrieve.plan(wide)
         if retrieve is not None and RETRIEVED not in specs:
             raise ConfigError(f"retrieve is {retrieve}; expected None, or a spec that is {RETRIEVED!r}")
-        self.levels = tuple(self._levels_of(spec, retrieve) for spec in specs)
+        self.levels = tuple(self._levels_of(spec) for spec in specs)
 
     def add(self) -> int:
         """A new, empty sequence. Raises CacheFull if there may be no more."""
@@ -191,9 +192,9 @@ class Cache:
                 found[first // self.block_k : -(-stop // self.block_k)] = True
         return found
 
-    def _levels_of(self, spec: AttentionSpec, retrieve: Quest | None) -> CachedLevels | PageBounds | None:
-        if spec == RETRIEVED and retrieve is not None and self.retrieval is not None:
-            return PageBounds(self.retrieval, retrieve.pages)
+    def _levels_of(self, spec: AttentionSpec) -> CachedLevels | PageBounds | None:
+        if spec == RETRIEVED and self.retrieval is not None:
+            return PageBounds(self.retrieval)
         plan = self.level_plans.get(spec)
         return None if plan is None else CachedLevels(plan)
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from distattn import spans as sp
 from distattn.axis import Axis
@@ -23,22 +22,29 @@ from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
 from distattn.hierarchy import Hierarchy
 from distattn.kernels.attention import accumulator_dtype
+from distattn.kernels.chosen_pages import Where, chosen_pages
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
-from distattn.kernels.rows import chunk_means
+from distattn.kernels.rows import chunk_means, store_rows
 from distattn.kernels.selected import SelectedTable
 from distattn.kernels.table import TileTable
 from distattn.layout import make_layout
-from distattn.levels import Level, OnDevices
+from distattn.levels import Level, OnDevices, packed
 from distattn.paged import Tiles, moved
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
 from distattn.summaries import pool_members
 from distattn.tiles import Extents, assemble, visit
 
+FEW = 16
+"""Up to so many new tokens of a sequence are attended one by one; more are tiles."""
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a cache: heads and dimensions, how long a sequence may be, how many there may be at a time."""
+    """Of a cache: heads and dimensions, how long a sequence may be, how many there may be at a time.
+
+    share: (rank, ranks): this one attends to the pages p of a buffer with p % ranks == rank.
+    """
 
     heads: int
     kv_heads: int
@@ -49,6 +55,7 @@ class Sizes:
     block_k: int
     dtype: torch.dtype
     device: torch.device
+    share: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +72,7 @@ class Asking(OnDevices):
     until: NDArray[np.int32]
 
 
-class LevelPlan:
+class LevelPlan(OnDevices):
     """What layers of one spec share: its levels, for sequences of up to ``max_len`` tokens.
 
     Raises:
@@ -120,6 +127,13 @@ class LevelPlan:
         """Rows of the pages as which chosen chunks are visited."""
         return math.gcd(self.hierarchy.chunk, self.sizes.block_k)
 
+    @property
+    def piece_bits(self) -> NDArray[np.int32]:
+        """int32 [chunks * pieces, words]: bits of the tokens of pages of ``sub_page`` rows that are no global keys."""
+        allowed = np.zeros(self.hierarchy.chunks * self.hierarchy.chunk, np.bool_)
+        allowed[: self.hierarchy.length] = ~self.hierarchy.left_out_rows
+        return packed(allowed.reshape(-1, self.sub_page))
+
     def tile(self, few: bool, block: int) -> tuple[int, int]:
         """(rows of a query tile, what its first position is a multiple of)."""
         if self.spec.select is None:
@@ -134,15 +148,15 @@ class LevelPlan:
         chunk = self.hierarchy.chunk
         return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
-    def visited_table(self, tiles: Tiles, slot: Ints, rank: int, world_size: int) -> TileTable:
+    def visited_table(self, tiles: Tiles, slot: Ints) -> TileTable:
         """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
 
         slot: int64 [sequences], whose buffer each has.
         """
-        hierarchy, block = self.hierarchy, self.sizes.block_k
+        hierarchy, block, (rank, ranks) = self.hierarchy, self.sizes.block_k, self.sizes.share
         pages = self.rows // block
         every = np.arange(self.sizes.sequences * pages)
-        mine = every[every % pages % world_size == rank]
+        mine = every[every % pages % ranks == rank]
         extents, until = Extents.of(mine, mine), np.full(len(tiles), len(every))
         queries = Axis(self.sizes.max_len, tiles.block, first=tiles.first)
         parts = []
@@ -188,37 +202,27 @@ class LevelPlan:
             first: int64 [sequences + 1]: those of each sequence among them. own_pages: of the rank.
         """
         hierarchy, rows, device = self.hierarchy, self.sub_page, chosen.device
-        sequence = tiles.on(device, "sequence")
-        pieces = hierarchy.chunk // rows
-        piece = chosen.clamp_min(0).long()[..., None] * pieces + torch.arange(pieces, device=device)
-        at = first[sequence][:, None, None] + piece
-        there = (chosen >= 0)[..., None] & (at < first[sequence + 1][:, None, None])
-        pages = torch.where(there, sub_pages[torch.where(there, at, 0)], -1)
-        masks = None
-        if not self.chooses_all_of_chunks:
-            position = piece[..., None] * rows + torch.arange(rows, device=device)
-            allowed = position <= tiles.on(device, "first")[:, None, None, None]
-            if len(hierarchy.left_out):
-                allowed &= ~hierarchy.on(device, "left_out_rows")[position.clamp_max(hierarchy.length - 1)]
-            masks = _packed(allowed).flatten(2, 3).unsqueeze(3).contiguous()
-        selected = pages.flatten(2).int().contiguous()
-        return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, selected, masks)
+        where = Where(sub_pages, first, self.on(device, "piece_bits"), hierarchy.chunk // rows, rows)
+        pages, masks = chosen_pages(chosen, tiles.on(device, "sequence"), tiles.on(device, "first"), where)
+        needed = None if self.chooses_all_of_chunks else masks
+        return SelectedTable(tiles.block, rows, len(tiles), own_pages, 0, hierarchy.head_table, pages, needed)
 
-    def summary_table(self, chosen: Tensor, tiles: Tiles, slot: Tensor, rank: int, world_size: int) -> SelectedTable:
+    @property
+    def row_bits(self) -> NDArray[np.int32]:
+        """int32 [pages of a buffer, words]: bits of the rows that are summaries, in pages that are this rank's."""
+        bits, (rank, ranks) = self.hierarchy.row_bits, self.sizes.share
+        return np.where((np.arange(len(bits)) % ranks == rank)[:, None], bits, 0)
+
+    def summary_table(self, chosen: Tensor, tiles: Tiles, first: Tensor) -> SelectedTable:
         """What tiles visit of the buffers beside chosen chunks, so that every token counts once.
 
-        slot: int64 [sequences], whose buffer each has.
+        first: int32 [tiles], the page with which the buffer of each one's sequence begins.
         """
-        hierarchy, device = self.hierarchy, chosen.device
-        position, ladder = tiles.on(device, "positions"), hierarchy.ladder
-        pages, masks = summary_pages(chosen.unsqueeze(0), position, hierarchy.on(device, "row_bits"), ladder)
-        of = slot[tiles.on(device, "sequence")][:, None] * ladder.pages
-        mine = (pages[0] >= 0) & (pages[0] % world_size == rank)
-        selected = torch.where(mine, pages[0] + of, -1).int()
+        hierarchy, device, ladder = self.hierarchy, chosen.device, self.hierarchy.ladder
+        position, bits = tiles.on(device, "positions"), self.on(device, "row_bits")
+        pages, masks = summary_pages(chosen.unsqueeze(0), position, bits, ladder, first)
         every = self.sizes.sequences * ladder.pages
-        return SelectedTable(
-            tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, selected, masks[0].contiguous()
-        )
+        return SelectedTable(tiles.block, ladder.page, len(tiles), every, 0, hierarchy.head_table, pages[0], masks[0])
 
 
 class CachedLevels:
@@ -294,9 +298,8 @@ class CachedLevels:
             centre = self.plan.pools[-1].on(q.device, "centre")
             keys = extras.rotate(keys.unsqueeze(0), centre)[0]
         choosers = Choosers(rows.unsqueeze(0), asking.number, *(asking.on(q.device, x) for x in ("own", "until")))
-        return choose_chunks(
-            by, choosers, keys.unsqueeze(0).to(rows.dtype), bias, hierarchy.on(q.device, "selectable"), scale
-        )[0]
+        few = len(asking.own) <= FEW
+        return choose_chunks(by, choosers, keys.unsqueeze(0), bias, hierarchy.on(q.device, "selectable"), scale, few)[0]
 
     def _feed(self, number: int, slot: int, first: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
         """Members of a level that follow ``first`` others; whole summaries go on to the next level."""
@@ -330,8 +333,10 @@ class CachedLevels:
                 self._write(number, slot, begin, stop, pooled[0], pooled[1], extras)
                 if number + 1 < len(plan.hierarchy.levels):
                     self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
-        for ring, x in zip(rings, (k, v), strict=True):
-            _keep(ring[slot], first, x)
+        count = min(len(k), size)
+        at = (first + len(k) - count) % size
+        places = level.on(k.device, "ring")[at : at + count]
+        store_rows([ring[slot] for ring in rings], places, [x[len(x) - count :] for x in (k, v)])
 
     def _write(
         self, number: int, slot: int, begin: int, stop: int, keys: Tensor, values: Tensor, extras: AttentionExtras
@@ -369,17 +374,3 @@ def _behind(ring: Tensor, first: int, count: int, x: Tensor) -> Tensor:
         return x
     at = (first - count) % len(ring)
     return torch.cat((ring[at : at + count], ring[: max(at + count - len(ring), 0)], x))
-
-
-def _keep(ring: Tensor, first: int, x: Tensor) -> None:
-    """The last of members x, which begin with number ``first``."""
-    latest = x[-len(ring) :]
-    at = (first + len(x) - len(latest)) % len(ring)
-    head = min(len(ring) - at, len(latest))
-    ring[at : at + head], ring[: len(latest) - head] = latest[:head], latest[head:]
-
-
-def _packed(bits: Tensor) -> Tensor:
-    """bool [..., n] as int32 [..., words], bit i % 32 of word i // 32."""
-    bits = F.pad(bits, (0, -bits.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    return (bits.long() << torch.arange(32, device=bits.device)).sum(-1).to(torch.int32)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from distattn import operators
 from distattn.algebra import Pattern
 from distattn.axis import Axis
-from distattn.cached_levels import Asking, CachedLevels, LevelPlan
+from distattn.cached_levels import FEW, Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.kernels.attention import Biases, Pages, accumulator_dtype, attention_forward
-from distattn.kernels.decode import decode_attention
-from distattn.kernels.rows import gate, merge
+from distattn.kernels.decode import Source, decode_attention
+from distattn.kernels.rows import gate, store_rows
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 from distattn.kernels.uploads import upload
@@ -37,8 +37,6 @@ from distattn.tiles import assemble, visit
 if TYPE_CHECKING:
     from distattn.cache import Cache
 
-FEW = 16
-"""Up to so many new tokens of each sequence are attended one by one; more are tiles."""
 _BLOCK_Q = 128
 RETRIEVED = dense()
 """Layers of this spec may retrieve pages."""
@@ -50,8 +48,9 @@ class _Group:
 
     plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
     sequence.
-    table: of tokens. summaries: of summaries, where these follow from positions alone. blind: int64, rows of this
-    rank's query tiles that attend to tokens alone; None if there is none.
+    table: of tokens. summaries: of summaries, where these follow from positions alone; else buffers: int32 [tiles that
+    choose], the page with which the summaries of their sequence begin. blind: int64, rows of this rank's query tiles
+    that attend to tokens alone; None if there is none.
     """
 
     plan: LevelPlan | None
@@ -61,6 +60,7 @@ class _Group:
     choosing: Tiles | None = None
     asking: tuple[Asking, ...] = ()
     summaries: TileTable | None = None
+    buffers: Tensor | None = None
     blind: Tensor | None = None
 
 
@@ -88,7 +88,7 @@ class Step:
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
         self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
-        self._choices: dict[int, Tensor] = {}
+        self._chosen: dict[int, tuple[AnyTable | None, AnyTable]] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
         self._groups = {spec: self._group(spec) for spec in dict.fromkeys(cache.specs)}
 
@@ -136,34 +136,21 @@ class Step:
         plain = k if extras.pool_keys is None else extras.pool_keys
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
-        pool_k[slots], pool_v[slots] = kept_k, kept_v
-        gated = spec.merge == "gate"
-        # What is final is written as it is returned.
-        final = group.routes.stays_here and (gated or group.plan is None)
-        dtype = q.dtype if final else accumulator_dtype(q.dtype)
-        parts = [attend_tiles(asks, Source(pool_k, pool_v, group.table), scale, dtype)]
+        store_rows((pool_k, pool_v), slots, (kept_k, kept_v))
+        sources = [Source(pool_k, pool_v, group.table)]
         if isinstance(cache.keep, HeaviestPages):
             self._observe(layer, group, asks, cache.keep.observed, scale)
         if everyone is not None:
-            more = self._beside_tokens(layer, group, everyone, extras, scale, choice_of)
-            if gated:
-                parts += [attend_tiles(asks, source, scale, dtype) for source in more]
-            else:
-                parts = [self._go_on(asks, parts[0], more, scale, group.blind)]
+            sources += self._beside_tokens(layer, group, everyone, extras, scale, choice_of)
+        gated = spec.merge == "gate"
+        softmaxes = [[source] for source in sources] if gated else [sources]
+        dtype = q.dtype if group.routes.stays_here else accumulator_dtype(q.dtype)
+        parts = [attend_tiles(asks, some, scale, dtype, group.blind) for some in softmaxes]
         merged = [out.to(q.dtype).unsqueeze(0) for out, _ in group.routes.come_back(parts, q.shape[1])]
         if not gated:
             return merged[0]
         assert extras.gates is not None  # it was checked
         return gate(merged, extras.gates)
-
-    def _go_on(self, q: Tensor, part: Part, more: Iterable[Source], scale: float, blind: Tensor | None) -> Part:
-        """Under the softmax of a part, more sources. blind: rows that do not visit them."""
-        before = None if blind is None else (part[0][blind], part[1][blind])
-        for source in more:
-            part = attend_tiles(q, source, scale, part[0].dtype, part)
-        if before is not None:
-            part[0][blind], part[1][blind] = before
-        return part
 
     def _beside_tokens(
         self,
@@ -173,12 +160,12 @@ class Step:
         extras: AttentionExtras,
         scale: float,
         choice_of: int | None,
-    ) -> Iterator[Source]:
-        """This rank's pages of summaries, and its pages of chosen chunks.
+    ) -> list[Source]:
+        """This rank's pages of summaries, and its pages of chosen chunks, after what is new was pooled.
 
         everyone: queries, and what is pooled, of all new rows.
         """
-        cache, plan, levels = self.cache, group.plan, self.cache.levels[layer]
+        cache, levels = self.cache, self.cache.levels[layer]
         assert levels is not None
         chosen: list[Tensor] = []
         for number, rows in enumerate(zip(*(x.split(self.count.tolist()) for x in everyone), strict=True)):
@@ -186,22 +173,32 @@ class Step:
             levels.pool(slot, start, rows[1], rows[2], extras)
             if group.asking and choice_of is None:
                 chosen.append(levels.choose(slot, group.asking[number], rows[0], extras, scale))
-        choice = self._choices.get(choice_of) if choice_of is not None else None
+        of_summaries: AnyTable | None = group.summaries
+        of_tokens: AnyTable | None = None
         if chosen:
-            choice = self._choices[layer] = torch.cat(chosen, dim=1)
-        if plan is not None and plan.spec.summaries:
+            choice = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+            self._chosen[layer] = self._tables_of(group, choice)
+        source = layer if choice_of is None else choice_of
+        if source in self._chosen:
+            of_summaries, of_tokens = self._chosen[source]
+        sources: list[Source] = []
+        if of_summaries is not None:
             assert isinstance(levels, CachedLevels)
-            table: AnyTable | None = group.summaries
-            if table is None:
-                assert choice is not None and group.choosing is not None
-                table = plan.summary_table(choice, group.choosing, self._slots_there, cache.rank, cache.world_size)
-            yield Source(levels.k, levels.v, table, levels.bias)
-        if plan is not None and choice is not None:
-            assert group.choosing is not None
-            sub_pages, first_of = self._sub_pages(plan.sub_page)
-            own = cache.k[layer].shape[0] // plan.sub_page
-            table = plan.chosen_table(choice, group.choosing, sub_pages, first_of, own)
-            yield Source(cache.k[layer], cache.v[layer], table)
+            sources.append(Source(levels.k, levels.v, of_summaries, levels.bias))
+        if of_tokens is not None:
+            sources.append(Source(cache.k[layer], cache.v[layer], of_tokens))
+        return sources
+
+    def _tables_of(self, group: _Group, choice: Tensor) -> tuple[AnyTable | None, AnyTable]:
+        """What is visited of summaries, and of tokens, where this was chosen: int32 [tables, tiles, n]. The same in all
+        layers that choose it, whose pages lie alike."""
+        plan, tiles = group.plan, group.choosing
+        assert plan is not None and tiles is not None
+        summaries: AnyTable | None = group.summaries
+        if group.buffers is not None:
+            summaries = plan.summary_table(choice, tiles, group.buffers)
+        own = self.cache.tables.blocks * self.cache.block_k // plan.sub_page
+        return summaries, plan.chosen_table(choice, tiles, *self._sub_pages(plan.sub_page), own)
 
     def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
         """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
@@ -295,10 +292,6 @@ class Step:
         """int64 [sequences]: which buffers of summaries are theirs."""
         return np.asarray([self.cache.slot_of[sequence] for sequence in self.counts])
 
-    @cached_property
-    def _slots_there(self) -> Tensor:
-        return upload([self._slots], self.cache.device)[0]
-
     def _sub_pages(self, rows: int) -> tuple[Tensor, Tensor]:
         """Where pages of so many rows of all sequences are on this rank, or -1; where each sequence's begin."""
         if rows not in self._small:
@@ -337,16 +330,20 @@ class Step:
             return _Group(None, tiles, routes, table)
         summaries = None
         if spec.summaries and (spec.select is None or spec.merge == "gate"):
-            summaries = plan.visited_table(tiles, self._slots, cache.rank, cache.world_size)
+            summaries = plan.visited_table(tiles, self._slots)
         asking: tuple[Asking, ...] = ()
-        choosing = None
+        choosing = buffers = None
         if plan.spec.select is not None:
             choosing = plan.choice_tiles(tiles, self.start + self.count)
             of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
             asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
+        if plan.spec.summaries and summaries is None:
+            assert choosing is not None
+            begins = self._slots[choosing.sequence] * plan.hierarchy.ladder.pages
+            (buffers,) = upload([begins.astype(np.int32)], cache.device)
         blind = plan.blind(tiles)
         on_device = upload([blind], cache.device)[0] if len(blind) else None
-        return _Group(plan, tiles, routes, table, choosing, asking, summaries, on_device)
+        return _Group(plan, tiles, routes, table, choosing, asking, summaries, buffers, on_device)
 
 
 def causal(pattern: Pattern) -> Pattern:
@@ -354,37 +351,41 @@ def causal(pattern: Pattern) -> Pattern:
     return pattern if isinstance(pattern, Causal) else Causal() & pattern
 
 
-class Source(NamedTuple):
-    """Pages that query tiles attend to: k, v [slots, kv_heads, dim]; bias [slots, kv_heads], or None."""
+def attend_tiles(
+    q: Tensor, sources: Sequence[Source], scale: float, dtype: torch.dtype, blind: Tensor | None = None
+) -> Part:
+    """(out [rows, heads, value_dim] in a dtype, lse [rows, heads]) of query tiles: one softmax over all sources.
 
-    k: Tensor
-    v: Tensor
-    table: AnyTable
-    bias: Tensor | None = None
-
-
-def attend_tiles(q: Tensor, source: Source, scale: float, dtype: torch.dtype, before: Part | None = None) -> Part:
-    """(out [rows, heads, value_dim], lse [rows, heads]) of query tiles q [rows, heads, head_dim].
-
-    dtype: of out; that of the accumulator, or, of tiles of several queries without ``before``, that of q.
-    before: of other pages, under one softmax with these, and perhaps overwritten.
+    q: [rows, heads, head_dim]. sources: all of tiles of one query, or none. blind: int64, rows that attend to the first
+    source alone.
     """
+    first, *more = sources
+    if first.table.block_q == 1:
+        part = decode_attention(q, sources, scale=scale, dtype=dtype)
+        if more and blind is not None:
+            alone = decode_attention(q, [first], scale=scale, dtype=dtype)
+            part[0][blind], part[1][blind] = alone[0][blind], alone[1][blind]
+        return part
+    wide = accumulator_dtype(q.dtype)
+    out = q.new_empty((q.shape[0], q.shape[1], first.v.shape[2]), dtype=wide if more else dtype)
+    lse = q.new_empty(out.shape[:2], dtype=wide)
+    if isinstance(first.table, SelectedTable) or first.table.has_empty_rows:  # rows that visit nothing are left alone
+        out.zero_()
+        lse.fill_(-torch.inf)
+    _attend_pages(q, first, out, lse, scale, goes_on=False)
+    before = None if blind is None else (out[blind], lse[blind])
+    for source in more:
+        _attend_pages(q, source, out, lse, scale, goes_on=True)
+    if before is not None:
+        out[blind], lse[blind] = before
+    return out.to(dtype), lse
+
+
+def _attend_pages(q: Tensor, source: Source, out: Tensor, lse: Tensor, scale: float, *, goes_on: bool) -> None:
+    """Writes out and lse of query tiles; where it goes on, under one softmax with what these are."""
     k, v, table, bias = source
-    if table.block_q == 1:
-        part = decode_attention(q, k, v, table, scale=scale, bias=bias)
-        return part if before is None else merge(*before, *part)
-    if before is None:
-        out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
-        lse = q.new_empty(out.shape[:2], dtype=accumulator_dtype(q.dtype))
-        if isinstance(table, SelectedTable) or table.has_empty_rows:  # rows that visit nothing are left alone
-            out.zero_()
-            lse.fill_(-torch.inf)
-        part = out, lse
-    else:
-        part = before
     own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
     biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
-    out, lse = (x.unsqueeze(0) for x in part)
-    on = None if before is None else out
-    attention_forward(q.unsqueeze(0), own, nothing, table, out, lse, scale=scale, before=on, bias=biases)
-    return part
+    outs, lses = out.unsqueeze(0), lse.unsqueeze(0)
+    before = outs if goes_on else None
+    attention_forward(q.unsqueeze(0), own, nothing, table, outs, lses, scale=scale, before=before, bias=biases)

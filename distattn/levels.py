@@ -67,5 +67,10 @@ class Level(OnDevices):
         return np.asarray((self.start + self.stop - 1) / 2)
 
     @property
+    def ring(self) -> Ints:
+        """int64 [2 * members]: the places of a ring of so many, twice around."""
+        return np.arange(2 * self.members) % self.members
+
+    @property
     def log_size(self) -> NDArray[np.float64]:
         return np.log(np.maximum(self.size, 1))

@@ -15,7 +15,8 @@ from distattn.cached_levels import Asking, LevelPlan, Sizes
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
 from distattn.kernels.page_bounds import choose_pages, update_bounds
-from distattn.spec import AttentionSpec, TopChunks, chunk_window
+from distattn.patterns import Causal, GlobalKeys
+from distattn.spec import AttentionSpec, TopChunks
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Quest:
             raise ConfigError(f"pages is {self.pages}; expected at least 1")
 
     def plan(self, sizes: Sizes) -> LevelPlan:
-        """What a query attends to then, as a spec whose chunks are pages."""
-        select = TopChunks(self.pages, sizes.block_k, always=())
-        return LevelPlan(AttentionSpec(chunk_window(sizes.block_k, 1), select=select), sizes)
+        """What a query attends to then, as a spec whose chunks are pages: nothing but what it chooses."""
+        select = TopChunks(self.pages + 1, sizes.block_k, always=("own",))
+        return LevelPlan(AttentionSpec(Causal() & GlobalKeys(()), select=select, merge="gate"), sizes)
 
 
 class PageBounds:
@@ -43,8 +44,8 @@ class PageBounds:
     high, low: [sequences, pages, kv_heads, head_dim].
     """
 
-    def __init__(self, plan: LevelPlan, pages: int) -> None:
-        self.plan, self._pages = plan, pages
+    def __init__(self, plan: LevelPlan) -> None:
+        self.plan = plan
         sizes = plan.sizes
         shape = sizes.sequences, -(-sizes.max_len // sizes.block_k), sizes.kv_heads, sizes.head_dim
         self.high, self.low = (torch.zeros(shape, dtype=sizes.dtype, device=sizes.device) for _ in range(2))
@@ -63,7 +64,8 @@ class PageBounds:
         update_bounds(self.high[slot], self.low[slot], start, k, self.plan.sizes.block_k)
 
     def choose(self, slot: int, asking: Asking, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
-        """int32 [kv_heads, tiles, pages], -1 for none. q: [tiles, heads, head_dim]."""
-        pages, until = int(asking.own.max()) + 1, asking.on(q.device, "own")
-        sign = q if scale > 0 else -q
-        return choose_pages(sign, self.high[slot, :pages], self.low[slot, :pages], until, self._pages)
+        """int32 [kv_heads, tiles, pages], ascending, then -1. q: [tiles, heads, head_dim]."""
+        pages, device, hierarchy = int(asking.own.max()) + 1, q.device, self.plan.hierarchy
+        high, low = self.high[slot, :pages], self.low[slot, :pages]
+        selectable = hierarchy.on(device, "selectable")
+        return choose_pages(hierarchy.choosing, q if scale > 0 else -q, high, low, asking.on(device, "own"), selectable)

@@ -75,7 +75,7 @@ class Routes:
 
     def go(
         self, q: Tensor, k: Tensor, v: Tensor, plain: Tensor | None
-    ) -> tuple[Tensor, tuple[slice | Tensor, Tensor, Tensor], tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None]:
         """Sends this rank's rows out, and receives what is meant for this rank.
 
         Args:
@@ -200,16 +200,12 @@ class Routes:
                 found = np.flatnonzero(self.owner[part] == peer)
             else:
                 found = self.place[part][self.asked[part, self.rank]]
-            self._there[what, peer] = self._as_slice(found)
+            first = int(found[0]) if len(found) else 0
+            follow = (np.diff(found) == 1).all()
+            self._there[what, peer] = slice(first, first + len(found)) if follow else upload([found], self.device)[0]
         return self._there[what, peer]
 
-    def _as_slice(self, rows: Ints) -> slice | Tensor:
-        if len(rows) and not (np.diff(rows) == 1).all():
-            return upload([rows], self.device)[0]
-        first = int(rows[0]) if len(rows) else 0
-        return slice(first, first + len(rows))
-
     @cached_property
-    def _slots(self) -> slice | Tensor:
-        """Where the keys stay that come to this rank, in the order in which they come."""
-        return self._as_slice(self.slot[self.owner == self.rank])
+    def _slots(self) -> Tensor:
+        """int64: where the keys stay that come to this rank, in the order in which they come."""
+        return upload([self.slot[self.owner == self.rank]], self.device)[0]

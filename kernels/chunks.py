@@ -71,26 +71,34 @@ class Choosers(NamedTuple):
 
 
 def choose_chunks(
-    by: Choosing, choosers: Choosers, keys: Tensor, bias: Tensor | None, selectable: Tensor, scale: float
+    by: Choosing,
+    choosers: Choosers,
+    keys: Tensor,
+    bias: Tensor | None,
+    selectable: Tensor,
+    scale: float,
+    few: bool = False,
 ) -> Tensor:
     """int32 [batch, heads / share, n, most]: the chunks of each row, ascending, then -1. Ties go to the lower chunk.
 
     Args:
         by, choosers: see there.
-        keys: [batch, columns, kv_heads, dim] in the dtype of the rows; query head h reads h // (heads // kv_heads).
+        keys: [batch, columns, kv_heads, dim], rounded to the dtype of the rows; query head h reads
+            h // (heads // kv_heads).
         bias: [columns, kv_heads], added to the scores of a column, -inf for one that is not there; with ``mass`` only.
         selectable: bool [chunks]: which may be chosen at all.
         scale: factor of the scores.
+        few: the rows are few, and the same on all ranks; on GPUs programs then share them.
     """
     if choosers.rows.is_cuda and choosers.rows.dtype != torch.float64:
         from distattn.kernels import chunks_triton
 
-        return chunks_triton.choose_chunks(by, choosers, keys, bias, selectable, scale)
+        return chunks_triton.choose_chunks(by, choosers, keys, bias, selectable, scale, few)
     rows, number, own, until = choosers
     batch, count, heads, _ = rows.shape
     kv_heads = keys.shape[2]
     dtype = accumulator_dtype(rows.dtype)
-    turned = keys.to(dtype).permute(0, 2, 3, 1).contiguous()  # [batch, kv_heads, dim, columns]
+    turned = keys.to(rows.dtype).to(dtype).permute(0, 2, 3, 1).contiguous()  # [batch, kv_heads, dim, columns]
     # A row has the same place in a slice of the same shape on every rank: products of others are rounded otherwise.
     step = min(max(_SCRATCH // max(heads * keys.shape[1], 1), 16), by.chunks * by.rows)
     step = 2 ** math.ceil(math.log2(step))
@@ -107,7 +115,7 @@ def choose_chunks(
         scores = scores.flatten(1, 2)[:, :, inside]  # [batch, heads, rows, columns]
         if by.mass:
             scores = _masses(scores, by, chunks, until[first:stop], bias)
-        found[:, :, first:stop] = _best(scores, by, own[first:stop], selectable)
+        found[:, :, first:stop] = best(scores, by, own[first:stop], selectable)
     return found
 
 
@@ -130,8 +138,11 @@ def _masses(scores: Tensor, by: Choosing, chunks: int, until: Tensor, bias: Tens
     return found
 
 
-def _best(scores: Tensor, by: Choosing, own: Tensor, selectable: Tensor) -> Tensor:
-    """The chosen chunks of scores [batch, tables, rows, chunks up to some]: [batch, tables, rows, most]."""
+def best(scores: Tensor, by: Choosing, own: Tensor, selectable: Tensor) -> Tensor:
+    """The chosen chunks, ascending, then -1: int32 [batch, tables, rows, most].
+
+    scores: [batch, tables, rows, chunks up to some]. own, selectable: as in :func:`choose_chunks`.
+    """
     chunks = scores.shape[-1]
     candidates, always = _candidates(by, own, selectable[:chunks])
     left = (by.k - always.sum(1, keepdim=True)).clamp_min(0)
@@ -199,7 +210,9 @@ class Ladder(NamedTuple):
         return -(-self.page // 32)
 
 
-def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladder) -> tuple[Tensor, Tensor]:
+def summary_pages(
+    chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladder, first_page: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What is visited of the summary buffer beside the chosen chunks, so that every token counts once.
 
     Under its level's reach a summary is visited unless a chosen chunk lies in it; then its members are instead, as far
@@ -209,6 +222,7 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
         chosen: int32 [batch, tables, tiles, n], chunks or -1.
         position: int32 [tiles], of a tile's first query; all its queries see the same levels.
         exists: int32 [pages, words], bits of the rows of the buffer that are summaries.
+        first_page: int32 [tiles], the page with which each one's buffer begins; 0 if None.
 
     Returns:
         pages int32 [batch, tables, tiles, most], ascending, then -1, and masks int32 [.., most, 1, words] of them.
@@ -216,7 +230,7 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
     if chosen.is_cuda:
         from distattn.kernels import summary_pages_triton
 
-        return summary_pages_triton.summary_pages(chosen, position, exists, ladder)
+        return summary_pages_triton.summary_pages(chosen, position, exists, ladder, first_page)
     batch, tables, count, _ = chosen.shape
     pages = torch.full((batch, tables, count, ladder.most), -1, dtype=torch.int32)
     masks = torch.zeros((batch, tables, count, ladder.most, 1, ladder.words), dtype=torch.int32)
@@ -227,16 +241,17 @@ def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladd
         for first in range(0, count, step):
             some = slice(first, first + step)
             bits = _visited_rows(chosen[b, :, some], position[some], ladder).unflatten(-1, (-1, ladder.page))
-            packed = _packed(bits, ladder.words) & exists
+            packed = packed_bits(bits, ladder.words) & exists
             order = torch.where((packed != 0).any(-1), ladder.pages - number, 0).topk(most, dim=-1).values
             page = torch.where(order > 0, ladder.pages - order, 0)
-            pages[b, :, some, :most] = torch.where(order > 0, page, -1).int()
+            begins = 0 if first_page is None else first_page[some, None]
+            pages[b, :, some, :most] = torch.where(order > 0, page + begins, -1).int()
             index = page.long().unsqueeze(-1).expand(*page.shape, ladder.words)
             masks[b, :, some, :most, 0] = packed.gather(-2, index)
     return pages, masks
 
 
-def _packed(bits: Tensor, words: int) -> Tensor:
+def packed_bits(bits: Tensor, words: int) -> Tensor:
     """bool [..., n] as int32 [..., words], bit i % 32 of word i // 32."""
     bits = F.pad(bits, (0, words * 32 - bits.shape[-1])).unflatten(-1, (words, 32))
     return (bits * (1 << torch.arange(32))).sum(-1).to(torch.int32)

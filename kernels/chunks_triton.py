@@ -9,18 +9,23 @@ that one cut its work, and with it on the number of ranks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.launching import Launches, Part, Recording, multiprocessors
 from distattn.kernels.walk_triton import LOG2_E, LOWEST
 
 if TYPE_CHECKING:
     from distattn.kernels.chunks import Choosers, Choosing
 
+_LAUNCHES = Launches()
+# Programs of a multiprocessor, where few rows are shared by all.
+_EACH = 8
 # Elements of the largest scratch tensor.
 _SCRATCH = 1 << 27
 # Columns at a time, with 64 rows of float32, and with 128 rows of 16 bits where products or masses are wanted.
@@ -42,7 +47,7 @@ def _products(
     mask = d[None, :] < DIM
     if not INSIDE:
         mask = mask & (c < columns)[:, None]
-    y = tl.load(keys + c.to(tl.int64)[:, None] * keys_n + d, mask=mask, other=0.0)
+    y = tl.load(keys + c.to(tl.int64)[:, None] * keys_n + d, mask=mask, other=0.0).to(x.dtype)
     s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
     if BIAS:
         s += tl.load(bias + c * bias_n, mask=c < columns, other=0.0)[None, :] * LOG2_E
@@ -334,56 +339,103 @@ def _numbered(chosen):
 
 
 def choose_chunks(
-    by: Choosing, choosers: Choosers, keys: Tensor, bias: Tensor | None, selectable: Tensor, scale: float
+    by: Choosing, choosers: Choosers, keys: Tensor, bias: Tensor | None, selectable: Tensor, scale: float, few: bool
 ) -> Tensor:
     rows, number, own, until = choosers
     batch, count, heads, dim = rows.shape
-    columns, kv_heads = keys.shape[1:3]
+    columns = keys.shape[1]
     tables = heads // by.share
     found = torch.empty((batch, tables, count, by.most), dtype=torch.int32, device=rows.device)
     if found.numel() == 0:
         return found
     rows, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (rows, keys))
-    allowed = selectable.to(torch.int8)
-    wide = rows.dtype == torch.float32
-    dim_2, share_2 = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(by.share)
-    tokens = max(1, (64 if wide else 128) // share_2)
-    block = _COLUMNS_WIDE if wide else _COLUMNS_OF_MASS if by.mass else _COLUMNS
-    step = max(tokens, min(_SCRATCH // max(tables * columns, 1), count) // tokens * tokens)
+    allowed = selectable.view(torch.int8)
+    how = _how(by, rows.dtype, dim, few)
+    step = max(how.tokens, min(_SCRATCH // max(tables * columns, 1), count) // how.tokens * how.tokens)
     scores = torch.empty((tables, step, columns), dtype=torch.float32, device=rows.device)
     groups = 0 if by.mass else triton.cdiv(columns, _GROUP)
     highest = torch.empty((tables, step, groups), dtype=torch.int32, device=rows.device)
-    choice = {"CAUSAL": by.causal} | {name.upper(): name in by.always for name in ("first", "own", "previous")}
-    most = {"MOST": by.most, "MOST_2": triton.next_power_of_2(by.most)}
     there = scores if bias is None else bias.float()  # any pointer will do where none is read
     for b in range(batch):
         for first in range(0, count, step):
             size = min(step, count - first)
             chunks = by.chunks_until(int(number[first + size - 1]))
-            splits = 1 if by.mass else max(1, min(chunks * by.pieces // (4 * block), 16))
-            # Products and sums stay apart, so that a row's numbers are the same in loops with and without masks: which
-            # one it is in depends on the rows beside it.
-            _scores[(triton.cdiv(size, tokens) * splits, tables)](
-                rows[b, first:], keys[b], there, until[first:], own[first:], allowed, scores, highest, size, columns,
-                splits, by.chunks, by.reach, scale, *rows.stride()[1:3], *keys.stride()[1:3], *there.stride()[:2],
-                *scores.stride()[:2], *highest.stride()[:2],
-                SHARE=by.share, SHARE_2=share_2, GROUP=heads // kv_heads, TOKENS=tokens, COLUMNS=block, DIM=dim,
-                DIM_2=dim_2, MASS=by.mass, BIAS=bias is not None, PRECISION="tf32x3", **choice,
-                SIZE=_GROUP, num_warps=_WARPS, num_stages=2, enable_fp_fusion=False,
-            )  # fmt: skip
-            if not by.mass:
-                groups = max(triton.next_power_of_2(triton.cdiv(chunks, _GROUP)), 2)
-                _best_of_groups[(size, tables)](
-                    scores, highest, own[first:], until[first:], allowed, found[b, :, first:], chunks, by.k, by.reach,
-                    *scores.stride()[:2], *highest.stride()[:2], *found.stride()[1:3], GROUPS=groups, SIZE=_GROUP,
-                    **choice, **most, num_warps=min(max(groups // 512, 1), 8),
-                )  # fmt: skip
-                continue
-            width = max(min(triton.next_power_of_2(chunks), _WIDEST), _GROUP)
-            _best[(size, tables)](
-                scores, own[first:], until[first:], allowed, found[b, :, first:], chunks, by.k, by.reach,
-                *scores.stride()[:2], *found.stride()[1:3],
-                PIECES=by.pieces, OVERLAP=by.overlap, GROUPS=width // _GROUP, SIZE=_GROUP,
-                PARTS=triton.cdiv(chunks, width), **choice, **most, num_warps=min(max(width // 2048, 1), 16),
-            )  # fmt: skip
+            part = slice(first, first + size)
+            given = rows[b, part], keys[b], there, until[part], own[part], allowed, scores, highest, found[b, :, part]
+            _LAUNCHES.run(
+                given,
+                (by, chunks, scale, how, bias is not None),
+                partial(_record, by, chunks, scale, how, bias is not None),
+            )
     return found
+
+
+class _How(NamedTuple):
+    """tokens: of a program. columns: at a time. few: programs share the columns of the same rows, as many as there are
+    multiprocessors to take them."""
+
+    tokens: int
+    columns: int
+    few: bool
+
+
+def _how(by: Choosing, dtype: torch.dtype, dim: int, few: bool) -> _How:
+    wide = dtype == torch.float32
+    rows = 16 if few else 64 if wide else 128
+    columns = _COLUMNS_WIDE if wide else _COLUMNS_OF_MASS if by.mass and not wide else _COLUMNS
+    return _How(max(1, rows // triton.next_power_of_2(by.share)), columns, few)
+
+
+def _record(by: Choosing, chunks: int, scale: float, how: _How, biased: bool, recording: Recording) -> None:
+    """The launches for a slice of the rows, with the tensors of :func:`choose_chunks`."""
+    rows, keys, bias, until, own, allowed, scores, highest, found = recording.parts
+    (size, heads, dim), (columns, kv_heads) = rows.now.shape, keys.now.shape[:2]
+    tables = heads // by.share
+    choice = {"CAUSAL": by.causal} | {name.upper(): name in by.always for name in ("first", "own", "previous")}
+    programs = triton.cdiv(size, how.tokens) * tables
+    splits = 1
+    if not by.mass:
+        blocks = triton.cdiv(chunks * by.pieces, how.columns)
+        splits = max(1, min(blocks, triton.cdiv(_EACH * multiprocessors(own.now.device), programs)))
+        if not how.few:
+            splits = max(1, min(blocks // 4, 16))
+    # Products and sums stay apart, so that a row's numbers are the same in loops with and without masks: which one it
+    # is in depends on the rows beside it.
+    recording.launch(
+        _scores, (triton.cdiv(size, how.tokens) * splits, tables),
+        rows, keys, bias, until, own, allowed, scores, highest, size, columns,
+        splits, by.chunks, by.reach, scale, *rows.now.stride()[:2], *keys.now.stride()[:2], *bias.now.stride()[:2],
+        *scores.now.stride()[:2], *highest.now.stride()[:2],
+        SHARE=by.share, SHARE_2=triton.next_power_of_2(by.share), GROUP=heads // kv_heads, TOKENS=how.tokens,
+        COLUMNS=how.columns, DIM=dim, DIM_2=max(16, triton.next_power_of_2(dim)), MASS=by.mass, BIAS=biased,
+        PRECISION="tf32x3", **choice, SIZE=_GROUP, num_warps=_WARPS, num_stages=3 if how.few else 2,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    if by.mass:
+        record_best(recording, by, chunks, scores, own, until, allowed, found)
+        return
+    groups = max(triton.next_power_of_2(triton.cdiv(chunks, _GROUP)), 2)
+    recording.launch(
+        _best_of_groups, (size, tables),
+        scores, highest, own, until, allowed, found, chunks, by.k, by.reach,
+        *scores.now.stride()[:2], *highest.now.stride()[:2], *found.now.stride()[:2], GROUPS=groups, SIZE=_GROUP,
+        **choice, MOST=by.most, MOST_2=triton.next_power_of_2(by.most), num_warps=min(max(groups // 512, 1), 8),
+    )  # fmt: skip
+
+
+def record_best(
+    recording: Recording, by: Choosing, chunks: int, scores: Part, own: Part, until: Part, allowed: Part, found: Part
+) -> None:
+    """Launches what finds the best of scores, as chunks.best. scores: [tables, rows or more, columns]."""
+    tables, size = found.now.shape[:2]
+    width = max(min(triton.next_power_of_2(chunks), _WIDEST), _GROUP)
+    # A program alone on a multiprocessor is quicker with more threads.
+    each = 2048 if size * tables > multiprocessors(own.now.device) else 512
+    recording.launch(
+        _best, (size, tables), scores, own, until, allowed, found, chunks, by.k, by.reach,
+        *scores.now.stride()[:2], *found.now.stride()[:2],
+        PIECES=by.pieces, OVERLAP=by.overlap, GROUPS=width // _GROUP, SIZE=_GROUP,
+        PARTS=triton.cdiv(chunks, width), CAUSAL=by.causal, FIRST="first" in by.always, OWN="own" in by.always,
+        PREVIOUS="previous" in by.always, MOST=by.most, MOST_2=triton.next_power_of_2(by.most),
+        num_warps=min(max(width // each, 1), 16),
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """Single queries over pages of a cache, in Triton, for GPUs: the pages of a row are split among programs.
 
+Each source is a launch, which leaves partial results of all of its programs, and one more launch merges these.
+
 At every step all keys and values that are visited are read once, and little is computed, so that what counts is how
 many bytes are on their way: enough programs, each with several pages in flight, and page numbers that are known before
 they are needed. The heads that share a key/value head are the rows of one product, filled up to the 16 that the matrix
@@ -8,8 +10,9 @@ unit takes. Programs beside each other read the heads of one page, which lie bes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,21 +22,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn.kernels.attention_triton import precision
+from distattn.kernels.launching import Launches, Recording, multiprocessors
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.uploads import upload
 from distattn.kernels.walk_triton import LN_2, LOG2_E, LOWEST
 from distattn.kernels.work import query_units
 from distattn.spans import Ints, concat_ranges
 
+if TYPE_CHECKING:
+    from distattn.kernels.decode import Source
+
 PROGRAM = 8
-"""Columns of a program: row, first query head, key/value head, slot or -1, and where its PARTIAL and then its FULL
-visits begin and end."""
-CUT = 4
-"""Columns of a row that was cut: row, first query head, its first slot, how many it has."""
+"""Columns of a program: row, first query head, key/value head, number of its partial result, and where its PARTIAL and
+then its FULL visits begin and end."""
 PROGRAM_SIZE = tl.constexpr(PROGRAM)
-CUT_SIZE = tl.constexpr(CUT)
 # Fewer pages than this a program are not worth a partial result.
 _SHORTEST = 2
+# Partial results that are merged at a time.
+_TOGETHER = 128
+_LAUNCHES = Launches()
 
 
 @triton.jit
@@ -63,14 +70,15 @@ def _step(
     return new_high, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base"])
 def _decode(
-    q, k, v, bias, out, lse, slot_out, slot_lse, programs, full_page, part_page, part_mask, words, scale,
-    q_n, q_h, k_n, k_h, v_n, v_h, bias_n, bias_h, out_n, out_h, lse_n, lse_h,
+    q, k, v, bias, slot_out, slot_lse, programs, full_page, part_page, part_mask, words, base, scale,
+    q_n, q_h, k_n, k_h, v_n, v_h, bias_n, bias_h,
     BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
     DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, WORDS: tl.constexpr, BIAS: tl.constexpr,
-    HOLES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    NAMED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """NAMED: what is visited was chosen on the device: a page may be -1, and the mask of entry i is mask i."""
     program = programs + tl.program_id(0) * PROGRAM_SIZE
     row = tl.load(program).to(tl.int64)
     head = tl.load(program + 1) + tl.arange(0, ROWS)
@@ -81,7 +89,7 @@ def _decode(
     dv = tl.arange(0, V_DIM_2)
     column = tl.arange(0, COLUMNS)
     SUBS: tl.constexpr = (BLOCK_K + COLUMNS - 1) // COLUMNS
-    ODD: tl.constexpr = HOLES or (SUBS * COLUMNS != BLOCK_K) or (DIM != DIM_2) or (V_DIM != V_DIM_2)
+    ODD: tl.constexpr = NAMED or (SUBS * COLUMNS != BLOCK_K) or (DIM != DIM_2) or (V_DIM != V_DIM_2)
     queries = tl.load(q + row * q_n + (head * q_h)[:, None] + d, mask=is_row[:, None] & (d < DIM), other=0.0)
     scale = scale * LOG2_E
     k_at = k + kv_head * k_h + column[:, None] * k_n + d
@@ -92,25 +100,32 @@ def _decode(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, V_DIM_2], tl.float32)
 
-    begin = tl.load(program + 4)
-    end = tl.load(program + 5)
-    for i in tl.range(begin * SUBS, end * SUBS, num_stages=STAGES):
-        page = tl.load(part_page + i // SUBS)
+    # Pages, and numbers of masks, are those of the next turn, so that addresses are known in time.
+    begin = tl.load(program + 4) * SUBS
+    end = tl.load(program + 5) * SUBS
+    page = tl.load(part_page + begin // SUBS, mask=begin < end, other=-1)
+    mask = begin // SUBS
+    if not NAMED:
+        mask = tl.load(part_mask + begin // SUBS, mask=begin < end, other=0)
+    for i in tl.range(begin, end, num_stages=STAGES):
         sub = i % SUBS * COLUMNS
         inside = sub + column
-        mask = tl.load(part_mask + i // SUBS).to(tl.int64)
-        bits = tl.load(words + mask * WORDS + inside // 32, mask=inside < BLOCK_K, other=0)
+        bits = tl.load(words + mask.to(tl.int64) * WORDS + inside // 32, mask=inside < BLOCK_K, other=0)
         allowed = (((bits >> (inside % 32)) & 1) == 1) & (page >= 0)
         first = tl.maximum(page, 0).to(tl.int64) * BLOCK_K + sub
         high, total, acc = _step(
             queries, k_at + first * k_n, v_at + first * v_n, bias_at + first * bias_n, allowed, d, dv,
             high, total, acc, scale, DIM, V_DIM, True, BIAS, PRECISION,
         )  # fmt: skip
+        page = tl.load(part_page + (i + 1) // SUBS, mask=i + 1 < end, other=-1)
+        mask = (i + 1) // SUBS
+        if not NAMED:
+            mask = tl.load(part_mask + (i + 1) // SUBS, mask=i + 1 < end, other=0)
 
-    begin = tl.load(program + 6)
-    end = tl.load(program + 7)
-    page = tl.load(full_page + begin)
-    for i in tl.range(begin * SUBS, end * SUBS, num_stages=STAGES):
+    begin = tl.load(program + 6) * SUBS
+    end = tl.load(program + 7) * SUBS
+    page = tl.load(full_page + begin // SUBS, mask=begin < end, other=-1)
+    for i in tl.range(begin, end, num_stages=STAGES):
         sub = i % SUBS * COLUMNS
         allowed = (sub + column < BLOCK_K) & (page >= 0)
         first = tl.maximum(page, 0).to(tl.int64) * BLOCK_K + sub
@@ -118,40 +133,26 @@ def _decode(
             queries, k_at + first * k_n, v_at + first * v_n, bias_at + first * bias_n, allowed, d, dv,
             high, total, acc, scale, DIM, V_DIM, ODD, BIAS, PRECISION,
         )  # fmt: skip
-        # Of the next turn, so that its addresses are known in time; there is one entry more than there are pages.
-        page = tl.load(full_page + (i + 1) // SUBS)
+        page = tl.load(full_page + (i + 1) // SUBS, mask=i + 1 < end, other=-1)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    row_lse = (high + tl.log2(total)) * LN_2
-    out_mask = is_row[:, None] & (dv < V_DIM)
-    if slot < 0:
-        tl.store(out + row * out_n + (head * out_h)[:, None] + dv, acc, mask=out_mask)
-        tl.store(lse + row * lse_n + head * lse_h, row_lse, mask=is_row)
-    else:
-        at = slot.to(tl.int64) * HEADS + tl.arange(0, ROWS)
-        tl.store(slot_out + at[:, None] * V_DIM + dv, acc, mask=out_mask)
-        tl.store(slot_lse + at, row_lse, mask=is_row)
+    at = base + slot.to(tl.int64) * HEADS + tl.arange(0, ROWS)
+    tl.store(slot_out + at[:, None] * V_DIM + dv, acc, mask=is_row[:, None] & (dv < V_DIM))
+    tl.store(slot_lse + at, (high + tl.log2(total)) * LN_2, mask=is_row)
 
 
 @triton.jit
-def _merge(
-    out, lse, slot_out, slot_lse, cuts, out_n, out_h, lse_n, lse_h,
-    HEADS: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, TOGETHER: tl.constexpr,
+def _merge_source(
+    slot_out, slot_lse, places, base, number, high, total, acc, dv,
+    HEADS: tl.constexpr, V_DIM: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Merges the partial results of one head of a row, TOGETHER of them at a time, in order."""
-    cut = cuts + tl.program_id(0) * CUT_SIZE
-    row = tl.load(cut).to(tl.int64)
-    head = (tl.load(cut + 1) + tl.program_id(1)).to(tl.int64)
-    slot0 = tl.load(cut + 2)
-    count = tl.load(cut + 3)
-    dv = tl.arange(0, V_DIM_2)
-    high = tl.full([1], LOWEST, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([V_DIM_2], tl.float32)
+    """Adds the partial results of a source to (high, total, acc) of a head of a row, TOGETHER at a time, in order."""
+    slot0 = tl.load(places + number * 2)
+    count = tl.load(places + number * 2 + 1)
     for first in range(0, count, TOGETHER):
-        number = first + tl.arange(0, TOGETHER)
-        there = number < count
-        at = (slot0 + number).to(tl.int64) * HEADS + tl.program_id(1)
+        which = first + tl.arange(0, TOGETHER)
+        there = which < count
+        at = base + slot0 + which.to(tl.int64) * HEADS
         part = tl.load(slot_lse + at, mask=there, other=float("-inf")) * LOG2_E
         parts = tl.load(slot_out + at[:, None] * V_DIM + dv, mask=there[:, None] & (dv < V_DIM), other=0.0)
         new_high = tl.maximum(high, tl.max(part, 0))
@@ -160,27 +161,56 @@ def _merge(
         total = total * fade + tl.sum(weights, 0)
         acc = acc * fade + tl.sum(parts * weights[:, None], 0)
         high = new_high
+    return high, total, acc
+
+
+@triton.jit(do_not_specialize=["base_1", "base_2"])
+def _merge(
+    out, lse, slot_out, slot_lse, places_0, places_1, places_2, base_1, base_2, out_n, out_h, lse_n, lse_h,
+    SOURCES: tl.constexpr, HEADS_0: tl.constexpr, HEADS_1: tl.constexpr, HEADS_2: tl.constexpr, V_DIM: tl.constexpr,
+    V_DIM_2: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Program (row, head): its partial results of all sources."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    number = row * tl.num_programs(1) + head
+    dv = tl.arange(0, V_DIM_2)
+    high = tl.full([1], LOWEST, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([V_DIM_2], tl.float32)
+    high, total, acc = _merge_source(
+        slot_out, slot_lse, places_0, 0, number, high, total, acc, dv, HEADS_0, V_DIM, TOGETHER
+    )  # fmt: skip
+    if SOURCES > 1:
+        high, total, acc = _merge_source(
+            slot_out, slot_lse, places_1, base_1, number, high, total, acc, dv, HEADS_1, V_DIM, TOGETHER
+        )  # fmt: skip
+    if SOURCES > 2:
+        high, total, acc = _merge_source(
+            slot_out, slot_lse, places_2, base_2, number, high, total, acc, dv, HEADS_2, V_DIM, TOGETHER
+        )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * out_n + head * out_h + dv, acc, mask=dv < V_DIM)
     tl.store(lse + row * lse_n + head * lse_h + tl.arange(0, 1), (high + tl.log2(total)) * LN_2)
 
 
 class Split(NamedTuple):
-    """The programs of a launch. All arrays are int32, and have an entry more than is needed.
+    """The programs of a launch. All arrays are int32.
 
-    programs: [n, PROGRAM]. cuts: [m, CUT]. full_page: FULL visits. part_page, part_mask: PARTIAL ones. words: masks.
-    launched, cut: how many programs and cut rows there are. slots: partial results. heads: of a program.
+    programs: [n, PROGRAM], flat. places: [rows, heads, 2], flat: of each head of a row the first of its partial
+    results, which are ``heads`` apart, and how many they are. full_page: FULL visits. part_page, part_mask: PARTIAL
+    ones. words: masks. launched: programs. results: partial results, of one head each. most: no head has more. heads:
+    of a program.
     """
 
     programs: Tensor
-    cuts: Tensor
+    places: Tensor
     full_page: Tensor
     part_page: Tensor
     part_mask: Tensor
     words: Tensor
     launched: int
-    cut: int
-    slots: int
+    results: int
+    most: int
     heads: int
 
 
@@ -191,18 +221,20 @@ def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) ->
     """
     if isinstance(table, SelectedTable):
         shape = table.tables, table.tiles, table.selected.shape[2]
-        some, others, entry, numbers = _selected(table.head_table, kv_heads, shape, table.has_masks, device, at_once)
-        more = table.selected.new_zeros(1)
-        pages = torch.cat((table.selected.flatten(), more))
-        masks = more if table.masks is None else table.masks.flatten()
-        return Split(some, others, pages, pages, entry, masks, *numbers)
-    first = table.part_ptr[:-1].astype(np.int64), table.full_cumulative[table.full_ptr[:-1]]
-    units = query_units(table.head_table, kv_heads, 16, torch.device("cpu"))
-    programs, cuts, numbers = _programs(units, table.tiles, (table.part_pages, table.full_pages), first, at_once)
-    run_page = concat_ranges(table.full_first.astype(np.int64), table.full_count.astype(np.int64))
-    arrays = upload([_longer(x) for x in (programs, cuts, run_page, table.part_page, table.part_mask)], device)
-    words = table.masks.words(device).flatten() if len(table.masks) else arrays[0]  # any will do where none is read
-    return Split(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], words, *numbers)
+        some, here, numbers = _selected(table.head_table, kv_heads, shape, table.has_masks, device, at_once)
+        pages = table.selected.contiguous()
+        return Split(some, here, pages, pages, pages, pages if table.masks is None else table.masks, *numbers)
+    name = "decode", device, kv_heads, at_once
+    if name not in table.cache:
+        first = table.part_ptr[:-1].astype(np.int64), table.full_cumulative[table.full_ptr[:-1]]
+        units = query_units(table.head_table, kv_heads, 16, torch.device("cpu"))
+        programs, places, numbers = _programs(units, table.tiles, (table.part_pages, table.full_pages), first, at_once)
+        run_page = concat_ranges(table.full_first.astype(np.int64), table.full_count.astype(np.int64))
+        arrays = upload([_padded(x) for x in (programs, places, run_page, table.part_page, table.part_mask)], device)
+        words = table.masks.words(device) if len(table.masks) else arrays[0]  # any will do where none is read
+        table.cache[name] = Split(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], words, *numbers)
+    found: Split = table.cache[name]
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -213,21 +245,21 @@ def _selected(
     masked: bool,
     device: torch.device,
     at_once: int,
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int]]:
-    """(programs, cuts, place of each entry, numbers) of tables of a shape: every entry may be a page."""
+) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+    """(programs, places, numbers) of tables of a shape: every entry may be a page."""
     rows, number = shape[0] * shape[1], shape[2]
     none, every, first = np.zeros(rows, np.int64), np.full(rows, number), np.arange(rows) * number
     counts = (every, none) if masked else (none, every)
     units = query_units(head_table, kv_heads, 16, torch.device("cpu"))
-    programs, cuts, numbers = _programs(units, shape[1], counts, (first, first), at_once)
-    some, others = upload([_longer(programs), _longer(cuts)], device)
-    return some, others, torch.arange(rows * number + 1, dtype=torch.int32, device=device), numbers
+    programs, places, numbers = _programs(units, shape[1], counts, (first, first), at_once)
+    some, others = upload([_padded(programs), _padded(places)], device)
+    return some, others, numbers
 
 
 def _programs(
     units: tuple[Tensor, int, int], tiles: int, counts: tuple[Ints, Ints], first: tuple[Ints, Ints], at_once: int
 ) -> tuple[Ints, Ints, tuple[int, int, int, int]]:
-    """(programs, cuts, (how many of each, slots, heads of a program)).
+    """(programs, places, numbers), see :class:`Split`.
 
     counts: PARTIAL and FULL visits of each row of the table. first: where these begin.
     """
@@ -237,72 +269,95 @@ def _programs(
     part, visits = counts[0][row], (counts[0] + counts[1])[row]
     longest = max(-(-int(visits.sum()) // at_once), _SHORTEST)
     pieces = -(-visits // longest)
-    slots = np.where(pieces > 1, pieces, 0)
-    slot = slots.cumsum() - slots
+    slot = pieces.cumsum() - pieces
     owner = np.repeat(np.arange(len(row)), pieces)
     piece = concat_ranges(np.zeros_like(pieces), pieces)
     order = np.lexsort((owner, piece, owner // len(unit)))
     owner, piece = owner[order], piece[order]
     edges = [n * visits[owner] // pieces[owner] for n in (piece, piece + 1)]
-    columns = [owner // len(unit), unit[owner % len(unit), 1], unit[owner % len(unit), 2]]
-    columns.append(np.where(pieces[owner] > 1, slot[owner] + piece, -1))
+    columns = [owner // len(unit), unit[owner % len(unit), 1], unit[owner % len(unit), 2], slot[owner] + piece]
     columns += [first[0][row][owner] + np.minimum(edge, part[owner]) for edge in edges]
     columns += [first[1][row][owner] + np.maximum(edge - part[owner], 0) for edge in edges]
-    cut = np.flatnonzero(pieces > 1)
-    cuts = np.stack((cut // len(unit), unit[cut % len(unit), 1], slot[cut], pieces[cut]), axis=1)
-    return np.stack(columns, axis=1), cuts, (len(owner), len(cut), int(slots.sum()), heads)
+    begins = slot[:, None] * heads + np.arange(heads)
+    places = np.stack((begins, np.broadcast_to(pieces[:, None], begins.shape)), axis=2)
+    numbers = len(owner), int(pieces.sum()) * heads, int(pieces.max(initial=0)), heads
+    return np.stack(columns, axis=1), places, numbers
 
 
-def _longer(array: NDArray[np.integer]) -> NDArray[np.int32]:
-    """Flat, with an entry more."""
-    return np.append(array.ravel(), 0).astype(np.int32)
+def _padded(array: NDArray[np.integer]) -> NDArray[np.int32]:
+    """Flat, with an entry more at least, and a multiple of 4: so that there are fewer kinds of calls."""
+    flat = np.zeros((array.size // 4 + 1) * 4, np.int32)
+    flat[: array.size] = array.ravel()
+    return flat
 
 
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    table: AnyTable,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    columns: int = 64,
-    stages: int = 4,
-    warps: int = 4,
-    programs: int = 4,
-) -> None:
-    """Writes out and lse, in float32, of rows that visit something.
+class How(NamedTuple):
+    """How the kernel is launched.
 
     columns: keys that are multiplied at a time. stages: how many of these are on their way. warps: of a program.
     programs: of a multiprocessor, one after the other or at a time, all rows together.
     """
-    device, v_dim = q.device, v.shape[2]
-    name = "decode", device, k.shape[1], programs
-    if name not in table.cache:
-        chips = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 2
-        table.cache[name] = split(table, k.shape[1], device, programs * chips)
-    work: Split = table.cache[name]
-    if work.launched == 0:
+
+    columns: int = 64
+    stages: int = 4
+    warps: int = 4
+    programs: int = 4
+
+
+def decode(
+    q: Tensor, sources: Sequence[Source], out: Tensor, lse: Tensor, scale: float, how: How | None = None
+) -> None:
+    """Writes out, in its dtype, and lse, in float32, of all rows."""
+    how = how or How()
+    at_once = how.programs * multiprocessors(q.device)
+    sources = [source for source in sources if not source.table.is_empty]
+    splits = [split(source.table, source.k.shape[1], q.device, at_once) for source in sources]
+    if not sources:
+        out.zero_()
+        lse.fill_(-torch.inf)
         return
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (q.shape[2], v_dim))
-    slot_out = out.new_empty((work.slots, work.heads, v_dim))
-    slot_lse = out.new_empty((work.slots, work.heads))
-    biases = lse if bias is None else bias  # any pointer will do where none is read
-    strides = [n for x in (q, k, v, biases, out, lse) for n in x.stride()[:2]]
-    if q.dtype == torch.float32:
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    given = [q, out, lse]
+    for source, work in zip(sources, splits, strict=True):
+        assert source.k.stride(-1) == source.v.stride(-1) == 1
+        bias = lse if source.bias is None else source.bias  # any pointer will do where none is read
+        given += [source.k, source.v, bias, *work[:6]]
+    tables = [(x.table.block_k, isinstance(x.table, SelectedTable), x.bias is None) for x in sources]
+    key = scale, how, tuple(tables), *(work[6:] for work in splits)
+    _LAUNCHES.run(given, key, lambda recording: _record(recording, sources, splits, scale, how))
+
+
+def _record(recording: Recording, sources: Sequence[Source], splits: Sequence[Split], scale: float, how: How) -> None:
+    """The launches, with the tensors of :func:`decode`."""
+    q, out, lse, *rest = recording.parts
+    v_dim = out.now.shape[2]
+    dim_2, v_dim_2 = (max(16, triton.next_power_of_2(n)) for n in (q.now.shape[2], v_dim))
+    columns, stages = how.columns, how.stages
+    if q.now.dtype == torch.float32:
         columns, stages = min(columns, 32), min(stages, 2)
-    _decode[(work.launched,)](
-        q, k, v, biases, out, lse, slot_out, slot_lse,
-        work.programs, work.full_page, work.part_page, work.part_mask, work.words, scale, *strides,
-        BLOCK_K=table.block_k, COLUMNS=min(columns, max(16, triton.next_power_of_2(table.block_k))), ROWS=16,
-        HEADS=work.heads, DIM=q.shape[2], DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, WORDS=-(-table.block_k // 32),
-        BIAS=bias is not None, HOLES=isinstance(table, SelectedTable), STAGES=stages, PRECISION=precision(q.dtype),
-        num_warps=warps,
-    )  # fmt: skip
-    if work.cut:
-        _merge[(work.cut, work.heads)](
-            out, lse, slot_out, slot_lse, work.cuts, *out.stride()[:2], *lse.stride()[:2],
-            HEADS=work.heads, V_DIM=v_dim, V_DIM_2=v_dim_2, TOGETHER=32, num_warps=4,
+    slot_out = recording.temporary(sum(work.results for work in splits), v_dim)
+    slot_lse = recording.temporary(sum(work.results for work in splits))
+    bases, places = [0], []
+    for number, (source, work) in enumerate(zip(sources, splits, strict=True)):
+        k, v, bias, programs, here, *pages = rest[number * 9 : number * 9 + 9]
+        block = source.table.block_k
+        strides = [n for x in (q, k, v, bias) for n in x.now.stride()[:2]]
+        recording.launch(
+            _decode, (work.launched,), q, k, v, bias, slot_out, slot_lse, programs, *pages, bases[-1], scale, *strides,
+            BLOCK_K=block, COLUMNS=min(columns, max(16, triton.next_power_of_2(block))), ROWS=16, HEADS=work.heads,
+            DIM=q.now.shape[2], DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, WORDS=-(-block // 32),
+            BIAS=source.bias is not None, NAMED=isinstance(source.table, SelectedTable), STAGES=stages,
+            PRECISION=precision(q.now.dtype), num_warps=how.warps,
         )  # fmt: skip
+        bases.append(bases[-1] + work.results)
+        places.append(here)
+    together = min(_TOGETHER, triton.next_power_of_2(max(work.most for work in splits)))
+    more = 3 - len(sources)
+    heads = [work.heads for work in splits] + [1] * more
+    recording.launch(
+        _merge, tuple(lse.now.shape), out, lse, slot_out, slot_lse, *places, *places[:1] * more,
+        *(bases[1:3] if len(sources) > 1 else (0, 0)), *out.now.stride()[:2], *lse.now.stride()[:2],
+        SOURCES=len(sources), HEADS_0=heads[0], HEADS_1=heads[1], HEADS_2=heads[2], V_DIM=v_dim, V_DIM_2=v_dim_2,
+        TOGETHER=together, num_warps=min(max(together // 16, 1), 8),
+    )  # fmt: skip

@@ -27,6 +27,12 @@ def kinds(tensors: Sequence[Tensor]) -> Hashable:
     return tensors[0].get_device(), *each
 
 
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of a CPU, which only tries kernels out, 2."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 class Part(NamedTuple):
     """An argument that differs from call to call.
 
@@ -84,6 +90,11 @@ class Recording:
         self._temporary: list[tuple[int, ...]] = []
         self._launches: list[_Launch] | None = [] if again else None
 
+    @property
+    def parts(self) -> list[Part]:
+        """The tensors that the call is given, as arguments of launches."""
+        return [Part(x.number, 0, x.tensor) for x in self.given]
+
     def temporary(self, *shape: int) -> Part | Tensor:
         """A float32 tensor that each call makes anew; one without elements serves all calls."""
         made = self.given[0].tensor.new_empty(shape, dtype=torch.float32)
@@ -119,6 +130,27 @@ class Recording:
         addresses = [x.data_ptr() for x in (*given, *temporary)]
         for launch in self._launches:
             launch.run(*launch.values_at(addresses))
+
+
+class Launches:
+    """Recordings of what one function launches, for calls that belong to no table: by all that they were made from."""
+
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
+        self._kept: dict[Hashable, Recording] = {}
+
+    def run(self, given: Sequence[Tensor], numbers: Hashable, record: Callable[[Recording], None]) -> None:
+        """Launches with the tensors ``given`` what ``record`` does, which depends on their kinds and on ``numbers``."""
+        key = numbers, kinds(given)
+        if recorded := self._kept.get(key):
+            recorded.replay(given)
+            return
+        recording = Recording(given)
+        record(recording)
+        if recording.ends(given):
+            for old in [*self._kept][: max(len(self._kept) - self._most + 1, 0)]:
+                self._kept.pop(old, None)
+            self._kept[key] = recording
 
 
 class _Launch(NamedTuple):

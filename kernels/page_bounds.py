@@ -5,7 +5,8 @@ query q above
 
     sum_d max(q_d high_d, q_d low_d) = max(q, 0).high + min(q, 0).low
 
-(Tang et al., "Quest: query-aware sparsity for efficient long-context LLM inference", 2024, section 3.3).
+(Tang et al., "Quest: query-aware sparsity for efficient long-context LLM inference", 2024, section 3.3). Pages are
+chosen as chunks are (chunks.py). On GPUs these are kernels in Triton (page_bounds_triton.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from distattn.kernels.attention import accumulator_dtype
+from distattn.kernels.chunks import Choosing, best
 
 
 def update_bounds(high: Tensor, low: Tensor, start: int, k: Tensor, block: int) -> None:
@@ -23,6 +27,11 @@ def update_bounds(high: Tensor, low: Tensor, start: int, k: Tensor, block: int) 
         k: [n, kv_heads, dim].
     """
     first, before, behind = start // block, start % block, -(start + len(k)) % block
+    if k.is_cuda and k.dtype != torch.float64:
+        from distattn.kernels import page_bounds_triton
+
+        page_bounds_triton.update_bounds(high[first:], low[first:], before, k, block)
+        return
     for bounds, nothing, reduce, join in (
         (high, -torch.inf, torch.amax, torch.maximum),
         (low, torch.inf, torch.amin, torch.minimum),
@@ -33,23 +42,24 @@ def update_bounds(high: Tensor, low: Tensor, start: int, k: Tensor, block: int) 
         bounds[first : first + len(found)] = found
 
 
-def choose_pages(q: Tensor, high: Tensor, low: Tensor, until: Tensor, number: int) -> Tensor:
+def choose_pages(by: Choosing, q: Tensor, high: Tensor, low: Tensor, own: Tensor, selectable: Tensor) -> Tensor:
     """The pages with the highest bounds, for all query heads that share a key/value head: by the highest among them.
 
     Args:
-        q: [rows, heads, dim]. high, low: [pages, kv_heads, dim].
-        until: int [rows]: rows choose among the pages before this one.
-        number: how many a row chooses at most.
+        by: pages are its chunks; causal, with a reach of 1.
+        q: [rows, heads, dim]. high, low: [pages, kv_heads, dim], in the dtype of q.
+        own: int32 [rows]: rows choose among the pages before this one.
+        selectable: bool [pages or more]: which may be chosen at all.
 
     Returns:
-        int32 [kv_heads, rows, number], in any order; -1 where there are fewer pages.
+        int32 [kv_heads, rows, most], ascending, then -1. Ties go to the lower page.
     """
-    kv_heads = high.shape[1]
-    both = torch.cat((q.clamp_min(0), q.clamp_max(0)), -1).unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3)
-    ends = torch.cat((high, low), -1).permute(1, 2, 0)  # [kv_heads, 2 dim, pages]
+    if q.is_cuda and q.dtype != torch.float64:
+        from distattn.kernels import page_bounds_triton
+
+        return page_bounds_triton.choose_pages(by, q, high, low, own, selectable)
+    kv_heads, dtype = high.shape[1], accumulator_dtype(q.dtype)
+    both = torch.cat((q.clamp_min(0), q.clamp_max(0)), -1).to(dtype).unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3)
+    ends = torch.cat((high, low), -1).to(dtype).permute(1, 2, 0)  # [kv_heads, 2 dim, pages]
     bounds = torch.matmul(both.flatten(1, 2), ends).unflatten(1, both.shape[1:3]).amax(2)
-    there = torch.arange(len(high), device=q.device) < until[:, None]
-    bounds = bounds.masked_fill(~there, -torch.inf)
-    found = bounds.topk(min(number, len(high)), dim=-1, sorted=False)
-    pages = torch.where(found.values > -torch.inf, found.indices, -1).int()
-    return F.pad(pages, (0, number - pages.shape[-1]), value=-1)
+    return best(bounds.unsqueeze(0), by, own, selectable)[0]

@@ -146,6 +146,20 @@ def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
     _each_run(x, places, values, lambda old, new: old.add_(new))
 
 
+def store_rows(targets: Sequence[Tensor], at: Tensor, rows: Sequence[Tensor]) -> None:
+    """Writes rows to places of two tensors, in their dtypes: ``target[at] = rows``.
+
+    targets: two contiguous [places, heads, dim]. at: int64 [n], none twice. rows: [n, heads, dim] for each.
+    """
+    if at.is_cuda:
+        from distattn.kernels import rows_triton
+
+        rows_triton.store_rows(targets, at, rows)
+        return
+    for target, x in zip(targets, rows, strict=True):
+        target[at] = x.to(target.dtype)
+
+
 def take_chunks(tensors: tuple[Tensor, Tensor], page: Tensor, head: Tensor, chunk: int) -> Tensor:
     """[n, batch, chunk, x dim + y dim]: chunks of rows of two tensors, one head each, zeros beyond the last row.
 

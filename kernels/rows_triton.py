@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.launching import Part, Recording, kinds
+from distattn.kernels.launching import Launches, Recording, kinds
 from distattn.kernels.rows import Places
 from distattn.kernels.walk_triton import UNIT_SIZE
 from distattn.kernels.work import query_units
 
+_STORES = Launches()
 _PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -84,7 +85,7 @@ def _move(tensors: Sequence[Tensor], flat: Tensor, places: Places, way: tl.const
         return
     assert flat.numel() == places.size(tensors)
     recording = Recording(given)
-    *parts, flat_part = (Part(number, 0, x) for number, x in enumerate(given))
+    *parts, flat_part = recording.parts
     dims = [x.shape[3] for x in tensors]
     dims_2 = [triton.next_power_of_2(dim) for dim in dims]
     rows, runs = max(1, 4096 // max(dims_2)), len(places.runs)
@@ -111,6 +112,42 @@ def unpack_rows(tensors: Sequence[Tensor], places: Places, flat: Tensor) -> None
 
 def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
     _move([x], values.contiguous(), places, _ADD)
+
+
+@triton.jit
+def _store_rows(
+    x_out, y_out, at, x, y, x_n, x_h, y_n, y_h,
+    HEADS: tl.constexpr, X_DIM: tl.constexpr, Y_DIM: tl.constexpr, X_DIM_2: tl.constexpr, Y_DIM_2: tl.constexpr,
+    HEADS_2: tl.constexpr,
+):  # fmt: skip
+    """Program row."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS_2)[:, None].to(tl.int64)
+    there = tl.load(at + row) * HEADS + head
+    d = tl.arange(0, X_DIM_2)
+    mask = (head < HEADS) & (d < X_DIM)
+    values = tl.load(x + row * x_n + head * x_h + d, mask=mask, other=0.0)
+    tl.store(x_out + there * X_DIM + d, values.to(x_out.dtype.element_ty), mask=mask)
+    d = tl.arange(0, Y_DIM_2)
+    mask = (head < HEADS) & (d < Y_DIM)
+    values = tl.load(y + row * y_n + head * y_h + d, mask=mask, other=0.0)
+    tl.store(y_out + there * Y_DIM + d, values.to(y_out.dtype.element_ty), mask=mask)
+
+
+def store_rows(targets: Sequence[Tensor], at: Tensor, rows: Sequence[Tensor]) -> None:
+    if at.numel():
+        x, y = (x if x.stride(2) == 1 else x.contiguous() for x in rows)
+        _STORES.run((*targets, at, x, y), None, _record_store)
+
+
+def _record_store(recording: Recording) -> None:
+    x_out, y_out, at, x, y = recording.parts
+    (count, heads, x_dim), y_dim = x.now.shape, y.now.shape[2]
+    recording.launch(
+        _store_rows, (count,), x_out, y_out, at, x, y, *x.now.stride()[:2], *y.now.stride()[:2], HEADS=heads,
+        X_DIM=x_dim, Y_DIM=y_dim, X_DIM_2=triton.next_power_of_2(x_dim), Y_DIM_2=triton.next_power_of_2(y_dim),
+        HEADS_2=triton.next_power_of_2(heads), num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.launching import Launches, Recording, multiprocessors
+
 if TYPE_CHECKING:
     from distattn.kernels.chunks import Ladder
+
+_LAUNCHES = Launches()
 
 
 @triton.jit
@@ -24,7 +28,7 @@ def _bits_between(low, high, first, bits):
 
 @triton.jit
 def _pages_of_level(
-    chosen, at, exists, sizes, pages_out, masks_out, n, most, count,
+    chosen, at, exists, sizes, page0, pages_out, masks_out, n, most, count,
     RUNGS: tl.constexpr, LEVEL: tl.constexpr, LEVELS: tl.constexpr, CAUSAL: tl.constexpr,
     CHUNK: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr, WORDS_2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +69,7 @@ def _pages_of_level(
         some_page = tl.sum((visited != 0).to(tl.int32), 1) > 0
         place = count + tl.cumsum(some_page.to(tl.int32), 0) - 1
         some_page &= place < most
-        tl.store(pages_out + place, start + tl.arange(0, BLOCK), mask=some_page)
+        tl.store(pages_out + place, page0 + start + tl.arange(0, BLOCK), mask=some_page)
         tl.store(masks_out + place[:, None] * WORDS + word, visited, mask=some_page[:, None] & inside)
         count += tl.sum(some_page.to(tl.int32), 0)
     return count
@@ -73,8 +77,8 @@ def _pages_of_level(
 
 @triton.jit(do_not_specialize=["n", "most"])
 def _summary_pages(
-    chosen, position, exists, sizes, pages_out, masks_out, n, most,
-    RUNGS: tl.constexpr, LEVELS: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+    chosen, position, first, exists, sizes, pages_out, masks_out, n, most,
+    RUNGS: tl.constexpr, LEVELS: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr, FIRST: tl.constexpr,
     PAGE: tl.constexpr, WORDS: tl.constexpr, WORDS_2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, table): pages from the first to the last, some at a time.
@@ -84,6 +88,9 @@ def _summary_pages(
     """
     number = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     at = tl.load(position + tl.program_id(0)).to(tl.int32)
+    page0 = 0
+    if FIRST:
+        page0 = tl.load(first + tl.program_id(0))
     chosen += number * n
     pages_out += number * most
     masks_out += number * most * WORDS
@@ -91,8 +98,8 @@ def _summary_pages(
     count = 0
     for level in tl.static_range(LEVELS):
         count = _pages_of_level(
-            chosen, at, exists, sizes, pages_out, masks_out, n, most, count, RUNGS, level, LEVELS, CAUSAL, CHUNK, PAGE,
-            WORDS, WORDS_2, BLOCK,
+            chosen, at, exists, sizes, page0, pages_out, masks_out, n, most, count, RUNGS, level, LEVELS, CAUSAL, CHUNK,
+            PAGE, WORDS, WORDS_2, BLOCK,
         )  # fmt: skip
     for start in range(0, most, BLOCK):
         rest = start + tl.arange(0, BLOCK)
@@ -128,17 +135,30 @@ def _sizes(levels: tuple[tuple[int, int], ...], rows: int, device: torch.device)
     return torch.tensor([*levels, (0, rows)], dtype=torch.int32, device=device)
 
 
-def summary_pages(chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladder) -> tuple[Tensor, Tensor]:
-    batch, tables, count, n = chosen.shape
-    pages = torch.empty((batch, tables, count, ladder.most), dtype=torch.int32, device=chosen.device)
+def summary_pages(
+    chosen: Tensor, position: Tensor, exists: Tensor, ladder: Ladder, first_page: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    pages = torch.empty((*chosen.shape[:3], ladder.most), dtype=torch.int32, device=chosen.device)
     masks = torch.empty((*pages.shape, 1, ladder.words), dtype=torch.int32, device=chosen.device)
     sizes = _sizes(tuple((x.summaries, x.first_row) for x in ladder.rungs), ladder.pages * ladder.page, chosen.device)
     if pages.numel():
-        _summary_pages[(count, batch * tables)](
-            chosen.contiguous(), position, exists, sizes, pages, masks, n, ladder.most,
-            RUNGS=tuple((x.chunk, x.reach, x.further, x.members) for x in ladder.rungs), LEVELS=len(ladder.rungs),
-            CAUSAL=ladder.causal, CHUNK=ladder.chunk, PAGE=ladder.page, WORDS=ladder.words,
-            WORDS_2=triton.next_power_of_2(ladder.words),
-            BLOCK=min(256, triton.next_power_of_2(max(ladder.pages, ladder.most))), num_warps=1,
-        )  # fmt: skip
+        begins = position if first_page is None else first_page  # any pointer will do where none is read
+        given = chosen.contiguous(), position, begins, exists, sizes, pages, masks
+        numbers = first_page is not None, tuple(ladder.rungs), ladder[1:]
+        _LAUNCHES.run(given, numbers, partial(_record, ladder, first_page is not None))
     return pages, masks
+
+
+def _record(ladder: Ladder, first: bool, recording: Recording) -> None:
+    chosen, *rest = recording.parts
+    batch, tables, count, n = chosen.now.shape
+    block = min(512, triton.next_power_of_2(max(ladder.pages, ladder.most)))
+    # A program alone on a multiprocessor is quicker with more threads.
+    alone = count * batch * tables <= multiprocessors(chosen.now.device)
+    recording.launch(
+        _summary_pages, (count, batch * tables), chosen, *rest, n, ladder.most,
+        RUNGS=tuple((x.chunk, x.reach, x.further, x.members) for x in ladder.rungs), LEVELS=len(ladder.rungs),
+        CAUSAL=ladder.causal, CHUNK=ladder.chunk, FIRST=first, PAGE=ladder.page, WORDS=ladder.words,
+        WORDS_2=triton.next_power_of_2(ladder.words),
+        BLOCK=block if alone else min(block, 256), num_warps=max(block // 32, 1) if alone else 1,
+    )  # fmt: skip

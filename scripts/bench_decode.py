@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Attention of one step of decoding on one GPU (or CPU), bfloat16, 32 query heads and 8 key heads of 128.
 
-    python scripts/bench_decode.py [--cases NAME ...] [--rounds 20] [--shrink 1] [--csv FILE]
+    python scripts/bench_decode.py [--cases NAME ...] [--rounds 20] [--shrink 1] [--profile] [--csv FILE]
     python scripts/bench_decode.py --launches       # how the kernel is best launched, for the dense case
     torchrun --nproc-per-node=4 scripts/bench_decode.py --cases 'dense, 1M'     # the cache sharded over 4 GPUs
 
-Cases with one sequence are a step of a cache that holds it; its content is random. "ms" is the time that the GPU
-needs (the step is captured in a CUDA graph), "eager_ms" that of a call, the host's part of it included. "visited" is
-the share of the cached keys that are read, "GB/s" what is read a second, and "of copy" as a share of what a copy on the
+Cases with one sequence are a step of a cache that holds it; its content is random. "ms" is the time that the GPU needs
+(the step is captured in a CUDA graph), "eager_ms" that of a call, the host's part of it included. "visited" is the
+share of the cached keys that are read, "GB/s" what is read a second, and "of copy" as a share of what a copy on the
 device reads and writes in the same process. Pages lie in random order. Each result is compared with float64 or, where
-queries choose, with what was not captured. On several GPUs nothing is captured, and "ms" is "eager_ms" on the rank that
+queries choose, with what was not captured. "kernels" is how many kernels and copies an eager call is on the GPU; with
+--profile each is printed, with its time. On several GPUs nothing is captured, and "ms" is "eager_ms" on the rank that
 has the query; "GB/s" is of all of them. The batch is of 64 ragged sequences, beside FlexAttention and PyTorch's
 attention on tensors that are padded to the longest.
 """
@@ -20,7 +21,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,14 +30,16 @@ import torch
 import torch.distributed as dist
 from measuring import add_output, here, positive, write_rows
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from distattn import decoding, presets, reference
 from distattn.cache import Cache
 from distattn.extras import AttentionExtras
-from distattn.kernels.decode import decode_attention
+from distattn.kernels.decode import Source, decode_attention
 from distattn.kernels.masks import Masks
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
@@ -65,7 +68,8 @@ CASES = {
     "Quest, 128 pages, 1M": Case(MILLION, presets.dense(), retrieve=128),
     "hierarchical, 1M": Case(MILLION, CHOOSES),
     "window 4,096 and 64 globals, 1M": Case(MILLION, presets.longformer(4095, 1, range(64), causal=True)),
-    "64 ragged sequences up to 32K": Case(32_768, presets.dense(), sequences=64),
+    # Padded keys of 32,768 tokens would have 2^31 elements, for which FlexAttention is not compiled.
+    "64 ragged sequences up to 32,640": Case(32_640, presets.dense(), sequences=64),
 }
 
 
@@ -74,6 +78,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), metavar="NAME", help=f"of {[*CASES]}")
     parser.add_argument("--rounds", type=positive, default=20)
     parser.add_argument("--shrink", type=positive, default=1, help="divides lengths, to try the script")
+    parser.add_argument("--profile", action="store_true", help="prints the kernels of a call and their time")
     parser.add_argument("--launches", action="store_true", help="times ways to launch the kernel instead")
     add_output(parser)
     options = parser.parse_args()
@@ -101,7 +106,7 @@ def main() -> None:
         if case.sequences == 1:
             found = one(case, dtype, device, options, mesh)
         elif mesh is None:
-            found = ragged(case, dtype, device, options.rounds)
+            found = ragged(case, dtype, device, options)
         else:
             continue
         for row in found:
@@ -182,8 +187,24 @@ def one(
         "eager_ms": eager,
         "visited": float(keys) / case.length,
         "error": error,
+        "kernels": launched(attend, device, options.profile),
         "read": read,
     }
+
+
+def launched(run: Callable[[], object], device: torch.device, told: bool) -> int:
+    """How many kernels and copies one call is on the GPU; on a CPU 0. told: they are printed, in their order."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() or [] if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    for event in events if told else ():
+        print(f"    {event.time_range.elapsed_us():9.2f} us  {event.name[:100]}")
+    return len(events)
 
 
 def shuffle(cache: Cache) -> None:
@@ -210,9 +231,9 @@ def counted() -> Iterator[list[float]]:
     found: list[float] = []
     kept = decoding.decode_attention
 
-    def count(q: Tensor, k: Tensor, v: Tensor, table: AnyTable, **more: Any) -> Any:
-        found.append(keys_of(table))
-        return kept(q, k, v, table, **more)
+    def count(q: Tensor, sources: Sequence[Source], **more: Any) -> Any:
+        found.extend(keys_of(source.table) for source in sources)
+        return kept(q, sources, **more)
 
     decoding.decode_attention = count
     try:
@@ -227,7 +248,7 @@ def keys_of(table: AnyTable) -> float:
     return (keys + int(table.masks.allowed[table.part_mask].sum())) / table.tables
 
 
-def ragged(case: Case, dtype: torch.dtype, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+def ragged(case: Case, dtype: torch.dtype, device: torch.device, options: Any) -> Iterator[dict[str, Any]]:
     """Sequences of random lengths, and what others make of them when they are padded."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(case.length // 32, case.length, case.sequences)
@@ -240,7 +261,7 @@ def ragged(case: Case, dtype: torch.dtype, device: torch.device, rounds: int) ->
     k, v = (torch.randn(len(order) * BLOCK, KV_HEADS, DIM, device=device, dtype=dtype) for _ in range(2))
 
     def ours() -> Tensor:
-        return decode_attention(q, k, v, table, scale=SCALE)[0]
+        return decode_attention(q, [Source(k, v, table)], scale=SCALE, dtype=dtype)[0]
 
     # The same keys, padded: [batch, kv_heads, longest, dim].
     first = np.concatenate(([0], pages.cumsum()))
@@ -287,14 +308,14 @@ def ragged(case: Case, dtype: torch.dtype, device: torch.device, rounds: int) ->
         assert errors[name] < 2e-2, f"{name}: error {errors[name]}"
     measured: dict[str, list[float]] = {name: [] for name in runs}
     replays = {name: captured(run, device)[0] if name == "distattn" else run for name, run in runs.items()}
-    for _ in range(rounds):  # one after the other, since the GPU slows down as it gets warm
+    for _ in range(options.rounds):  # one after the other, since the GPU slows down as it gets warm
         for name, run in replays.items():
             measured[name] += times(run, 1, device)
     for name, found in measured.items():
-        eager = statistics.median(times(runs[name], rounds, device))
+        eager = statistics.median(times(runs[name], options.rounds, device))
         yield {
             "kernel": name, "ms": statistics.median(found), "eager_ms": eager, "visited": 1.0, "error": errors[name],
-            "read": read,
+            "kernels": launched(runs[name], device, options.profile), "read": read,
         }  # fmt: skip
 
 
@@ -362,13 +383,15 @@ def launches(length: int, dtype: torch.dtype, device: torch.device, rounds: int)
         for columns, stages, warps in ((32, 4, 4), (64, 3, 4), (64, 4, 4), (64, 5, 4), (128, 3, 4), (128, 3, 8)):
             table = paged_table(np.asarray([length]), order)
 
-            def run(table: TileTable = table, how: tuple[int, ...] = (columns, stages, warps, programs)) -> None:
-                decode_triton.decode(q, k, v, None, table, out, lse, SCALE, *how)
+            how = decode_triton.How(columns, stages, warps, programs)
+
+            def run(table: TileTable = table, how: decode_triton.How = how) -> None:
+                decode_triton.decode(q, [Source(k, v, table)], out, lse, SCALE, how)
 
             try:
                 ms = statistics.median(times(run, rounds, device))
             except Exception as error:  # too much shared memory
-                print(f"{(programs, columns, stages, warps)} does not run: {str(error).splitlines()[0]}")
+                print(f"{how} does not run: {str(error).splitlines()[0]}")
                 continue
             speed = (k.nbytes + v.nbytes) / ms / 1e6
             yield {

@@ -26,9 +26,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from distattn.axis import Axis
-from distattn.kernels import attention, chunks_triton, decode_triton, rows_triton, summary_pages_triton
+from distattn.kernels import (
+    attention,
+    chosen_pages_triton,
+    chunks_triton,
+    decode_triton,
+    page_bounds_triton,
+    rows_triton,
+    summary_pages_triton,
+)
 from distattn.kernels.attention import Biases, Choice, Pages
+from distattn.kernels.chosen_pages import Where
 from distattn.kernels.chunks import Choosers, Choosing, Ladder, Rung
+from distattn.kernels.decode import Source
 from distattn.kernels.rows import Places
 from distattn.kernels.selected import SelectedTable
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
@@ -111,23 +121,37 @@ def record_choice(q: torch.Tensor) -> None:
     keys = q[:, :1, :2].repeat(1, chunks * 4, 1, 1)
     choosers = Choosers(q, torch.arange(q.shape[1]).numpy(), own, own * 4)
     products = Choosing(chunks, 16, 1, True, ("first", "own", "previous"), False, 1, 1, 1, 64)
-    chunks_triton.choose_chunks(products, choosers._replace(until=own), keys[:, :chunks], None, allowed, 0.1)
+    chunks_triton.choose_chunks(products, choosers._replace(until=own), keys[:, :chunks], None, allowed, 0.1, False)
     masses = Choosing(chunks, 16, 1, True, ("first", "own"), True, 4, 2, share, 64)
-    chosen = chunks_triton.choose_chunks(masses, choosers, keys, None, allowed, 0.1)
+    chosen = chunks_triton.choose_chunks(masses, choosers, keys, None, allowed, 0.1, False)
     rungs = [Rung(64, 1024, 0, 4, 4, 16), Rung(1024, 64, 1024, 4, 0, 1)]
     exists = torch.zeros(34, 1, dtype=torch.int32)
     summary_pages_triton.summary_pages(chosen, own, exists, Ladder(rungs, True, 64, 32, 34, 20))
 
 
 def record_decoding(q: torch.Tensor, own: Pages) -> None:
-    """One query, over pages of a cache whose first one is PARTIAL."""
-    pages = own.k.shape[1] // 128
-    visits = visit(SlidingWindow(own.k.shape[1] - 2, 0), Axis(own.k.shape[1], 1, np.array([own.k.shape[1] - 1])),
-                   Axis.grid(own.k.shape[1], 128))  # fmt: skip
+    """One query: it is stored, chooses pages by their bounds, and attends to these, and to others of which one is
+    PARTIAL."""
+    slots, kv_heads = own.k.shape[1:3]
+    pages = slots // 128
+    last = torch.tensor([slots - 1])
+    visits = visit(SlidingWindow(slots - 2, 0), Axis(slots, 1, last.numpy()), Axis.grid(slots, 128))
     parts = [[(visits, Extents.of(np.arange(pages), 0))]]
     table = assemble(parts, [0] * q.shape[2], 1, (1, 128), pages, 0)
-    out, lse = q[0, :1].float(), q[0, :1, :, 0].float()
-    decode_triton.decode(q[0, :1], own.k[0], own.v[0], None, table, out, lse, 0.1)
+    q, k, v = q[0, :1], own.k[0], own.v[0]
+    rows_triton.store_rows((k, v), last, (k[:1], v[:1]))
+    high, low = k[::128].clone(), k[::128].clone()
+    page_bounds_triton.update_bounds(high, low, 5, k[:1], 128)
+    by = Choosing(pages, 5, 1, True, ("own",), False, 1, 1, 1, 128)
+    number, selectable = torch.tensor([pages - 1], dtype=torch.int32), torch.ones(pages, dtype=torch.bool)
+    chosen = page_bounds_triton.choose_pages(by, q, high, low, number, selectable)
+    first = torch.tensor([0, pages])
+    where = Where(torch.arange(pages), first, torch.zeros(pages, 4, dtype=torch.int32), 1, 128)
+    some, masks = chosen_pages_triton.chosen_pages(chosen, first[:1], last, where)
+    head_table = tuple(head * kv_heads // q.shape[1] for head in range(q.shape[1]))
+    selected = SelectedTable(1, 128, 1, pages, 0, head_table, some, masks)
+    out, lse = torch.zeros(1, q.shape[1], v.shape[2], dtype=q.dtype), torch.zeros(1, q.shape[1])
+    decode_triton.decode(q, [Source(k, v, table), Source(k, v, selected)], out, lse, 0.1)
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

@@ -8,7 +8,7 @@ import torch
 from kernel_cases import DEVICE
 
 from distattn import reference
-from distattn.kernels.decode import decode_attention
+from distattn.kernels.decode import Source, decode_attention
 from distattn.kernels.masks import Masks
 from distattn.kernels.rows import merge_all
 from distattn.kernels.selected import AnyTable, SelectedTable
@@ -103,29 +103,29 @@ def expected(case: Case, allowed: torch.Tensor, scale: float) -> reference.Part:
     return torch.einsum("hrs,shd->rhd", weights, v.double().repeat_interleave(share, 1)), lse.T
 
 
-def run_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel for GPUs, in Triton's interpreter where there is none."""
-    from distattn.kernels import decode, decode_triton
+def run(
+    engine: str, q: torch.Tensor, sources: list[Source], dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel for GPUs runs in Triton's interpreter where there is none."""
+    if engine == "torch" and DEVICE == "cuda":
+        pytest.skip("tensors are on a GPU")
+    if engine == "torch" or DEVICE == "cuda":
+        return decode_attention(q, sources, scale=0.3, dtype=dtype)
+    from distattn.kernels import decode_triton
 
-    def forward(q, own, nothing, table, out, lse, scale, before, bias):  # type: ignore[no-untyped-def]
-        flat = None if bias is None else bias.own[0]
-        decode_triton.decode(q[0], own.k[0], own.v[0], flat, table, out[0], lse[0], scale)
-
-    monkeypatch.setattr(decode.attention_torch, "forward", forward)
-    monkeypatch.setattr(SelectedTable, "on_host", property(lambda table: table))
+    out = q.new_empty((*q.shape[:2], sources[0].v.shape[2]), dtype=dtype or torch.float32)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    decode_triton.decode(q, sources, out, lse, 0.3)
+    return out, lse
 
 
 @pytest.mark.parametrize("engine", ["torch", "triton"])
 @pytest.mark.parametrize("name", CASES)
-def test_rows_match_the_oracle(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if engine == "triton":
-        run_in_triton(monkeypatch)
-    elif DEVICE == "cuda":
-        pytest.skip("tensors are on a GPU")
+def test_rows_match_the_oracle(name: str, engine: str) -> None:
     case = CASES[name]
     table, allowed = table_of(case)
     q, k, v, bias = tensors(case)
-    out, lse = decode_attention(q, k, v, table, scale=0.3, bias=bias)
+    out, lse = run(engine, q, [Source(k, v, table, bias)])
     wanted, wanted_lse = expected(case, allowed, 0.3)
     tolerance = 1e-5 if case.dtype == torch.float32 else 5e-3
     assert out.dtype == lse.dtype == torch.float32
@@ -134,13 +134,38 @@ def test_rows_match_the_oracle(name: str, engine: str, monkeypatch: pytest.Monke
     assert case.rows == 1 or bool((lse[1] == -torch.inf).all())
 
 
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_sources_share_a_softmax(engine: str) -> None:
+    cases = [
+        Case(3, 12, 32, 8, 2, 1),
+        Case(3, 9, 16, 8, 2, 2, chosen=True, bias=True),
+        Case(3, 5, 16, 8, 2, 8, chosen=True, masked=False),
+    ]
+    found = [(*table_of(case, seed), *tensors(case)) for seed, case in enumerate(cases)]
+    q = found[0][2]
+    chosen = torch.zeros(1, 3, 0, dtype=torch.int32, device=DEVICE)
+    empty = SelectedTable(1, 32, 3, 12, 0, (0,) * 8, chosen)
+    sources = [Source(k, v, table, bias) for table, _, _, k, v, bias in found]
+    parts = [expected(case, allowed, 0.3) for case, (_, allowed, *_) in zip(cases, found, strict=True)]
+    for some in ([0, 1], [0, 1, 2], [2, 0]):
+        out, lse = run(engine, q, [sources[n] for n in some], torch.float16)
+        wanted, wanted_lse = reference.merge([parts[n] for n in some])
+        assert out.dtype == torch.float16 and reference.max_error(out, wanted) < 1e-3
+        assert reference.max_error(lse, wanted_lse) < 1e-5 and bool((lse[1] == -torch.inf).all())
+    nothing = sources[0]._replace(table=empty)
+    out, lse = run(engine, q, [nothing])
+    assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
+    out, lse = run(engine, q, [nothing, sources[1]])
+    assert reference.max_error(out, parts[1][0]) < 1e-5 and reference.max_error(lse, parts[1][1]) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 64, 256])
 def test_full_shapes(rows: int) -> None:
     case = Case(rows, 300, 128, 32, 8, 8, 128, 128, dtype=torch.bfloat16)
     table, allowed = table_of(case)
     q, k, v, _ = tensors(case)
-    out, lse = decode_attention(q, k, v, table, scale=128**-0.5)
+    out, lse = decode_attention(q, [Source(k, v, table)], scale=128**-0.5)
     wanted, wanted_lse = expected(case, allowed, 128**-0.5)
     assert reference.max_error(out, wanted) < 1e-2
     assert reference.max_error(lse, wanted_lse) < 1e-2
@@ -156,7 +181,9 @@ def test_long_rows_are_cut_and_all_programs_have_similar_work() -> None:
     rows = table.part_pages + table.full_pages
     assert visits.sum() == 2 * rows.sum() and visits.min() > 0
     assert visits.max() <= -(-2 * rows.sum() // 40) < 2 * visits.min()
-    assert len(np.unique(programs[programs[:, 3] >= 0, 3])) == work.slots == work.launched
+    assert len(np.unique(programs[:, 3])) * work.heads == work.results == work.launched * work.heads
+    places = work.places[: 4 * 8 * 2].view(4, 8, 2).numpy()
+    assert places[..., 1].max() == work.most and not places[1, :, 1].any()
     assert set(programs[:, 0]) == {0, 2, 3}  # the second row visits nothing
 
 
@@ -165,9 +192,9 @@ def test_tables_that_do_not_fit_are_refused() -> None:
     table, _ = table_of(case)
     q, k, v, _ = tensors(case)
     with pytest.raises(ValueError, match="expected 2 tiles of 1"):
-        decode_attention(q.repeat(2, 1, 1), k, v, table, scale=1.0)
+        decode_attention(q.repeat(2, 1, 1), [Source(k, v, table)], scale=1.0)
     with pytest.raises(ValueError, match="which has 624 slots"):
-        decode_attention(q, k[:-16], v[:-16], table, scale=1.0)
+        decode_attention(q, [Source(k[:-16], v[:-16], table)], scale=1.0)
 
 
 def test_partial_results_are_merged_at_once() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distattn import reference
 from distattn.kernels.attention import Choice, Pages, attention_backward, attention_forward, row_deltas
-from distattn.kernels.launching import Recording, kinds
+from distattn.kernels.launching import Launches, Recording, kinds
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 
 
@@ -97,6 +97,25 @@ def test_what_cannot_be_replayed() -> None:
     given = [torch.zeros(2, 7, 8), torch.zeros(2, 5)]
     assert not launch(Kernel(compiles=False), given, torch.ones(3)).ends(given)
     assert not launch(Kernel(), [x.clone() for x in given], torch.ones(3)).ends(given)
+
+
+def test_launches_are_recorded_by_kinds_and_numbers_and_the_oldest_forgotten() -> None:
+    kernel, fixed, launches, recorded = Kernel(), torch.ones(3), Launches(most=2), []
+
+    def run(number: int, *given: Tensor) -> None:
+        def record(recording: Recording) -> None:
+            recorded.append(number)
+            made = recording.temporary(2)
+            recording.launch(kernel, (number,), *recording.parts, number, fixed, fixed, made, 1, HEADS=2, num_warps=4)
+
+        launches.run(given, number, record)
+
+    x, y = torch.zeros(4, 7), torch.zeros(4, 7)
+    for number, given in ((1, (x, y)), (2, (x, y)), (1, (y, x)), (1, (x, x)), (3, (x, y)), (2, (x, y)), (1, (x, y))):
+        run(number, *given)
+        grid, values = kernel.log[-1]
+        assert grid == (number, 1, 1) and values[:3] == [x.data_ptr() for x in given] + [number]
+    assert recorded == [1, 2, 3, 1] and len(kernel.log) == 7
 
 
 STORAGE = torch.zeros(8192)

@@ -54,6 +54,17 @@ def test_rows_travel(name: str, kernels: types.ModuleType) -> None:
         assert torch.equal(target, expected)
 
 
+def test_rows_are_stored(kernels: types.ModuleType) -> None:
+    at = torch.tensor([7, 0, 4], device=DEVICE)
+    rows = random(3, 3, 20), random(3, 3, 12, seed=1).transpose(0, 1)  # of different width and memory order
+    targets = torch.zeros(9, 3, 20, device=DEVICE), torch.zeros(9, 3, 12, dtype=torch.float16, device=DEVICE)
+    kernels.store_rows(targets, at, rows)
+    for target, x in zip(targets, rows, strict=True):
+        expected = torch.zeros_like(target)
+        expected[at] = x.to(target.dtype)
+        assert torch.equal(target, expected)
+
+
 def test_rows_in_one_piece_are_a_view() -> None:
     x = random(1, 50, 3, 20)
 
