@@ -279,14 +279,10 @@ class CachedLevels:
 
         q: [n, heads, head_dim], all new queries of the sequence.
         """
-        hierarchy, by, spec = self.plan.hierarchy, self.plan.hierarchy.choosing, self.plan.spec
-        assert spec.select is not None
+        hierarchy, by = self.plan.hierarchy, self.plan.hierarchy.choosing
         rows = q
         if hierarchy.chooses_by_tile_before:
             rows = self._tile_queries(slot, asking.start, q)[asking.on(q.device, "query")]
-        share = self.plan.sizes.heads // hierarchy.kv_heads
-        if not by.mass and spec.select.heads == "kv" and share > 1:
-            rows = rows.unflatten(1, (hierarchy.kv_heads, share)).sum(2, dtype=accumulator_dtype(q.dtype))
         count = hierarchy.levels[0].count if hierarchy.levels else 0
         at = slice(slot * self.plan.rows, slot * self.plan.rows + count)
         bias = None

@@ -258,7 +258,7 @@ class Hierarchy(OnDevices):
             mass,
             self.chunk // level.stride if mass and level else 1,
             level.chunk // level.stride if mass and level else 1,
-            self.heads // self.kv_heads if mass and select.heads == "kv" else 1,
+            self.heads // self.kv_heads if select.heads == "kv" else 1,
             self.chunk // self.tile,
         )
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from distattn.extras import AttentionExtras
-from distattn.kernels.attention import accumulator_dtype
 from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means
 from distattn.plan import Plan
@@ -36,21 +35,17 @@ def choose(
     tables: key/value heads, or query heads (``TopChunks.heads``); tiles: tokens, or chunks of them (``per``).
     scorers: made by :func:`scorers_of`, which needs no summaries.
     """
-    hierarchy, select = plan.hierarchy, plan.spec.select
-    assert hierarchy is not None and select is not None
+    hierarchy = plan.hierarchy
+    assert hierarchy is not None
     by = hierarchy.choosing
     keys = levels[0].keys if by.mass or hierarchy.level_is_chunks else mean_keys(k, plan, extras)
     rows, numbers = scorers
-    share = plan.heads // hierarchy.kv_heads
-    if not by.mass and select.heads == "kv" and share > 1:
-        # The sum of products with one key is the product with the sum.
-        rows = rows.unflatten(2, (hierarchy.kv_heads, share)).sum(3, dtype=accumulator_dtype(rows.dtype))
     bias = None
     if by.mass:
         exists = levels[0].bias.new_zeros(1).where(hierarchy.levels[0].on(k.device, "exists"), -torch.inf)
         bias = levels[0].bias + exists[:, None]
     choosers = Choosers(rows, numbers, *(hierarchy.on(k.device, name) for name in ("tile_chunk", "tile_until")))
-    return choose_chunks(by, choosers, keys.to(rows.dtype), bias, hierarchy.on(k.device, "selectable"), scale)
+    return choose_chunks(by, choosers, keys, bias, hierarchy.on(k.device, "selectable"), scale)
 
 
 @torch.no_grad()

@@ -33,7 +33,8 @@ class Choosing(NamedTuple):
     mass: columns are summaries, and a chunk's score is their weight in a softmax; else columns are chunks, and their
         scores are products.
     pieces: columns from one chunk to the next. overlap: in how many pieces a column counts.
-    share: query heads whose weights are added up for one choice. rows: that choose, in a chunk.
+    share: query heads that choose together; their weights are added up, or else their products. rows: that choose, in
+        a chunk.
     """
 
     chunks: int
@@ -83,7 +84,7 @@ def choose_chunks(
 
     Args:
         by, choosers: see there.
-        keys: [batch, columns, kv_heads, dim], rounded to the dtype of the rows; query head h reads
+        keys: [batch, columns, kv_heads, dim], rounded to the dtype of the rows, or of their sums; query head h reads
             h // (heads // kv_heads).
         bias: [columns, kv_heads], added to the scores of a column, -inf for one that is not there; with ``mass`` only.
         selectable: bool [chunks]: which may be chosen at all.
@@ -94,7 +95,7 @@ def choose_chunks(
         from distattn.kernels import chunks_triton
 
         return chunks_triton.choose_chunks(by, choosers, keys, bias, selectable, scale, few)
-    rows, number, own, until = choosers
+    by, (rows, number, own, until) = added_up(by, choosers)
     batch, count, heads, _ = rows.shape
     kv_heads = keys.shape[2]
     dtype = accumulator_dtype(rows.dtype)
@@ -117,6 +118,16 @@ def choose_chunks(
             scores = _masses(scores, by, chunks, until[first:stop], bias)
         found[:, :, first:stop] = best(scores, by, own[first:stop], selectable)
     return found
+
+
+def added_up(by: Choosing, choosers: Choosers) -> tuple[Choosing, Choosers]:
+    """Rows for heads that choose together by products, one for all of these: the sum of products with one key is the
+    product with the sum, which is in the accumulator's dtype."""
+    if by.mass or by.share == 1:
+        return by, choosers
+    rows = choosers.rows
+    summed = rows.unflatten(2, (-1, by.share)).sum(3, dtype=accumulator_dtype(rows.dtype))
+    return by._replace(share=1), choosers._replace(rows=summed)
 
 
 def _masses(scores: Tensor, by: Choosing, chunks: int, until: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.kernels.chunks import added_up
 from distattn.kernels.launching import Launches, Part, Recording, multiprocessors
 from distattn.kernels.walk_triton import LOG2_E, LOWEST
 
@@ -30,6 +31,8 @@ _EACH = 8
 _SCRATCH = 1 << 27
 # Columns at a time, with 64 rows of float32, and with 128 rows of 16 bits where products or masses are wanted.
 _COLUMNS_WIDE, _COLUMNS, _COLUMNS_OF_MASS, _WARPS = 32, 64, 128, 4
+# With a single row, which one program reads at once.
+_COLUMNS_OF_ONE = 64
 # Chunks of a group, whose highest score is looked at first.
 _GROUP = 32
 # Chunks that a program holds in registers; of more it reads the scores again and again.
@@ -159,6 +162,37 @@ def _scores(
             s = tl.where(c[None, :] < stop[:, None], s, float("-inf"))
             s = tl.sum(tl.reshape(tl.exp2(s - lse[:, None]), [TOKENS, SHARE_2, COLUMNS]), 1)
             tl.store(scores + c, s, mask=(out < n)[:, None] & (c < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["chunks", "reach"])
+def _scores_of_one(
+    row, keys, own, selectable, scores, highest, columns, chunks, reach, scale, row_h, keys_n, keys_h, scores_t,
+    highest_t,
+    SHARE: tl.constexpr, SHARE_2: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    DIM_2: tl.constexpr, CAUSAL: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr, PREVIOUS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_scores` without MASS, for a single row, whose heads that choose together it adds up itself.
+
+    Program (columns, table): all keys are read at once, and products are no matrix products, which would be filled with
+    fifteen rows of nothing.
+    """
+    table = tl.program_id(1).to(tl.int64)
+    head = tl.arange(0, SHARE_2)
+    d = tl.arange(0, DIM_2)
+    at = row + (table * SHARE + head)[:, None] * row_h + d
+    x = tl.sum(tl.load(at, mask=(head < SHARE)[:, None] & (d < DIM), other=0.0).to(tl.float32), 0)
+    first = tl.program_id(0) * COLUMNS
+    c = first + tl.arange(0, COLUMNS)
+    mine = tl.load(own)
+    y_at = keys + (table * SHARE // GROUP) * keys_h + c.to(tl.int64)[:, None] * keys_n + d
+    candidate = _is_candidate(c, mine, selectable, chunks, reach, CAUSAL)
+    s = tl.sum(tl.load(y_at, mask=candidate[:, None] & (d < DIM), other=0.0).to(tl.float32) * x[None, :], 1) * scale
+    tl.store(scores + table * scores_t + c, s, mask=candidate)
+    candidate &= _is_always(c, mine, selectable, chunks, reach, CAUSAL, FIRST, OWN, PREVIOUS) == 0
+    best = tl.max(tl.reshape(_ordered(s, candidate), [COLUMNS // SIZE, SIZE]), 1)
+    g = first // SIZE + tl.arange(0, COLUMNS // SIZE)
+    tl.store(highest + table * highest_t + g, best.to(tl.int32, bitcast=True), mask=g * SIZE < columns)
 
 
 @triton.jit
@@ -341,8 +375,12 @@ def _numbered(chosen):
 def choose_chunks(
     by: Choosing, choosers: Choosers, keys: Tensor, bias: Tensor | None, selectable: Tensor, scale: float, few: bool
 ) -> Tensor:
+    batch, count, *_ = choosers.rows.shape
+    one = few and count == 1 and not by.mass
+    if not one:
+        by, choosers = added_up(by, choosers)
     rows, number, own, until = choosers
-    batch, count, heads, dim = rows.shape
+    heads, dim = rows.shape[2:]
     columns = keys.shape[1]
     tables = heads // by.share
     found = torch.empty((batch, tables, count, by.most), dtype=torch.int32, device=rows.device)
@@ -350,7 +388,7 @@ def choose_chunks(
         return found
     rows, keys = (x if x.stride(3) == 1 else x.contiguous() for x in (rows, keys))
     allowed = selectable.view(torch.int8)
-    how = _how(by, rows.dtype, dim, few)
+    how = _how(by, rows.dtype, few, one)
     step = max(how.tokens, min(_SCRATCH // max(tables * columns, 1), count) // how.tokens * how.tokens)
     scores = torch.empty((tables, step, columns), dtype=torch.float32, device=rows.device)
     groups = 0 if by.mass else triton.cdiv(columns, _GROUP)
@@ -372,18 +410,21 @@ def choose_chunks(
 
 class _How(NamedTuple):
     """tokens: of a program. columns: at a time. few: programs share the columns of the same rows, as many as there are
-    multiprocessors to take them."""
+    multiprocessors to take them. one: there is a single row."""
 
     tokens: int
     columns: int
     few: bool
+    one: bool
 
 
-def _how(by: Choosing, dtype: torch.dtype, dim: int, few: bool) -> _How:
+def _how(by: Choosing, dtype: torch.dtype, few: bool, one: bool) -> _How:
+    if one:
+        return _How(1, max(_COLUMNS_OF_ONE, _GROUP), few, one)
     wide = dtype == torch.float32
     rows = 16 if few else 64 if wide else 128
     columns = _COLUMNS_WIDE if wide else _COLUMNS_OF_MASS if by.mass and not wide else _COLUMNS
-    return _How(max(1, rows // triton.next_power_of_2(by.share)), columns, few)
+    return _How(max(1, rows // triton.next_power_of_2(by.share)), columns, few, one)
 
 
 def _record(by: Choosing, chunks: int, scale: float, how: _How, biased: bool, recording: Recording) -> None:
@@ -391,7 +432,18 @@ def _record(by: Choosing, chunks: int, scale: float, how: _How, biased: bool, re
     rows, keys, bias, until, own, allowed, scores, highest, found = recording.parts
     (size, heads, dim), (columns, kv_heads) = rows.now.shape, keys.now.shape[:2]
     tables = heads // by.share
-    choice = {"CAUSAL": by.causal} | {name.upper(): name in by.always for name in ("first", "own", "previous")}
+    choice = _what_counts(by)
+    group, wide_dim = heads // kv_heads, max(16, triton.next_power_of_2(dim))
+    if how.one:
+        recording.launch(
+            _scores_of_one, (triton.cdiv(chunks, how.columns), tables),
+            rows, keys, own, allowed, scores, highest, columns, by.chunks, by.reach, scale, rows.now.stride(1),
+            *keys.now.stride()[:2], scores.now.stride(0), highest.now.stride(0), SHARE=by.share,
+            SHARE_2=triton.next_power_of_2(by.share), GROUP=group, COLUMNS=how.columns, DIM=dim, DIM_2=wide_dim,
+            **choice, SIZE=_GROUP, num_warps=_WARPS,
+        )  # fmt: skip
+        _record_best_of_groups(recording, by, chunks, scores, highest, own, until, allowed, found)
+        return
     programs = triton.cdiv(size, how.tokens) * tables
     splits = 1
     if not by.mass:
@@ -406,21 +458,34 @@ def _record(by: Choosing, chunks: int, scale: float, how: _How, biased: bool, re
         rows, keys, bias, until, own, allowed, scores, highest, size, columns,
         splits, by.chunks, by.reach, scale, *rows.now.stride()[:2], *keys.now.stride()[:2], *bias.now.stride()[:2],
         *scores.now.stride()[:2], *highest.now.stride()[:2],
-        SHARE=by.share, SHARE_2=triton.next_power_of_2(by.share), GROUP=heads // kv_heads, TOKENS=how.tokens,
-        COLUMNS=how.columns, DIM=dim, DIM_2=max(16, triton.next_power_of_2(dim)), MASS=by.mass, BIAS=biased,
+        SHARE=by.share, SHARE_2=triton.next_power_of_2(by.share), GROUP=group, TOKENS=how.tokens,
+        COLUMNS=how.columns, DIM=dim, DIM_2=wide_dim, MASS=by.mass, BIAS=biased,
         PRECISION="tf32x3", **choice, SIZE=_GROUP, num_warps=_WARPS, num_stages=3 if how.few else 2,
         enable_fp_fusion=False,
     )  # fmt: skip
     if by.mass:
         record_best(recording, by, chunks, scores, own, until, allowed, found)
-        return
+    else:
+        _record_best_of_groups(recording, by, chunks, scores, highest, own, until, allowed, found)
+
+
+def _record_best_of_groups(
+    recording: Recording, by: Choosing, chunks: int, scores: Part, highest: Part, own: Part, until: Part,
+    allowed: Part, found: Part,
+) -> None:  # fmt: skip
+    tables, size = found.now.shape[:2]
     groups = max(triton.next_power_of_2(triton.cdiv(chunks, _GROUP)), 2)
     recording.launch(
         _best_of_groups, (size, tables),
         scores, highest, own, until, allowed, found, chunks, by.k, by.reach,
         *scores.now.stride()[:2], *highest.now.stride()[:2], *found.now.stride()[:2], GROUPS=groups, SIZE=_GROUP,
-        **choice, MOST=by.most, MOST_2=triton.next_power_of_2(by.most), num_warps=min(max(groups // 512, 1), 8),
+        **_what_counts(by), MOST=by.most, MOST_2=triton.next_power_of_2(by.most),
+        num_warps=min(max(groups // 512, 1), 8),
     )  # fmt: skip
+
+
+def _what_counts(by: Choosing) -> dict[str, bool]:
+    return {"CAUSAL": by.causal} | {name.upper(): name in by.always for name in ("first", "own", "previous")}
 
 
 def record_best(
@@ -435,7 +500,6 @@ def record_best(
         _best, (size, tables), scores, own, until, allowed, found, chunks, by.k, by.reach,
         *scores.now.stride()[:2], *found.now.stride()[:2],
         PIECES=by.pieces, OVERLAP=by.overlap, GROUPS=width // _GROUP, SIZE=_GROUP,
-        PARTS=triton.cdiv(chunks, width), CAUSAL=by.causal, FIRST="first" in by.always, OWN="own" in by.always,
-        PREVIOUS="previous" in by.always, MOST=by.most, MOST_2=triton.next_power_of_2(by.most),
+        PARTS=triton.cdiv(chunks, width), **_what_counts(by), MOST=by.most, MOST_2=triton.next_power_of_2(by.most),
         num_warps=min(max(width // each, 1), 16),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Single queries over pages of a cache, in Triton, for GPUs: the pages of a row are split among programs.
 
-Each source is a launch, which leaves partial results of all of its programs, and one more launch merges these.
+One launch leaves partial results of the programs of all sources, and another merges these.
 
 At every step all keys and values that are visited are read once, and little is computed, so that what counts is how
 many bytes are on their way: enough programs, each with several pages in flight, and page numbers that are known before
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,16 +70,17 @@ def _step(
     return new_high, total, acc
 
 
-@triton.jit(do_not_specialize=["base"])
-def _decode(
-    q, k, v, bias, slot_out, slot_lse, programs, full_page, part_page, part_mask, words, base, scale,
-    q_n, q_h, k_n, k_h, v_n, v_h, bias_n, bias_h,
-    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr, WORDS: tl.constexpr, BIAS: tl.constexpr,
-    NAMED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _attend(
+    number, q, slot_out, slot_lse, scale, q_n, q_h, k, v, bias, programs, full_page, part_page, part_mask, words, base,
+    k_n, k_h, v_n, v_h, bias_n, bias_h,
+    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, HEADS: tl.constexpr, BIAS: tl.constexpr,
+    NAMED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr,
+    V_DIM_2: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """NAMED: what is visited was chosen on the device: a page may be -1, and the mask of entry i is mask i."""
-    program = programs + tl.program_id(0) * PROGRAM_SIZE
+    """A program of one source. NAMED: what is visited was chosen on the device: a page may be -1, and the mask of entry
+    i is mask i."""
+    program = programs + number * PROGRAM_SIZE
     row = tl.load(program).to(tl.int64)
     head = tl.load(program + 1) + tl.arange(0, ROWS)
     kv_head = tl.load(program + 2).to(tl.int64)
@@ -139,6 +140,55 @@ def _decode(
     at = base + slot.to(tl.int64) * HEADS + tl.arange(0, ROWS)
     tl.store(slot_out + at[:, None] * V_DIM + dv, acc, mask=is_row[:, None] & (dv < V_DIM))
     tl.store(slot_lse + at, (high + tl.log2(total)) * LN_2, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["first_1", "first_2", "base_0", "base_1", "base_2"])
+def _decode(
+    q, slot_out, slot_lse, first_1, first_2, scale, q_n, q_h,
+    k_0, v_0, bias_0, programs_0, full_0, part_0, mask_0, words_0, base_0,
+    k_n_0, k_h_0, v_n_0, v_h_0, bias_n_0, bias_h_0,
+    k_1, v_1, bias_1, programs_1, full_1, part_1, mask_1, words_1, base_1,
+    k_n_1, k_h_1, v_n_1, v_h_1, bias_n_1, bias_h_1,
+    k_2, v_2, bias_2, programs_2, full_2, part_2, mask_2, words_2, base_2,
+    k_n_2, k_h_2, v_n_2, v_h_2, bias_n_2, bias_h_2,
+    SOURCES: tl.constexpr,
+    BLOCK_0: tl.constexpr, COLUMNS_0: tl.constexpr, WORDS_0: tl.constexpr, HEADS_0: tl.constexpr,
+    BIAS_0: tl.constexpr, NAMED_0: tl.constexpr,
+    BLOCK_1: tl.constexpr, COLUMNS_1: tl.constexpr, WORDS_1: tl.constexpr, HEADS_1: tl.constexpr,
+    BIAS_1: tl.constexpr, NAMED_1: tl.constexpr,
+    BLOCK_2: tl.constexpr, COLUMNS_2: tl.constexpr, WORDS_2: tl.constexpr, HEADS_2: tl.constexpr,
+    BIAS_2: tl.constexpr, NAMED_2: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, DIM_2: tl.constexpr, V_DIM: tl.constexpr, V_DIM_2: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The programs of all sources, one source after the other: those of source i begin with number first_i."""
+    number = tl.program_id(0)
+    if number < first_1:
+        _attend(
+            number, q, slot_out, slot_lse, scale, q_n, q_h,
+            k_0, v_0, bias_0, programs_0, full_0, part_0, mask_0, words_0, base_0,
+            k_n_0, k_h_0, v_n_0, v_h_0, bias_n_0, bias_h_0,
+            BLOCK_0, COLUMNS_0, WORDS_0, HEADS_0, BIAS_0, NAMED_0,
+            ROWS, DIM, DIM_2, V_DIM, V_DIM_2, STAGES, PRECISION,
+        )  # fmt: skip
+    if SOURCES > 1:
+        if (number >= first_1) & (number < first_2):
+            _attend(
+                number - first_1, q, slot_out, slot_lse, scale, q_n, q_h,
+                k_1, v_1, bias_1, programs_1, full_1, part_1, mask_1, words_1, base_1,
+                k_n_1, k_h_1, v_n_1, v_h_1, bias_n_1, bias_h_1,
+                BLOCK_1, COLUMNS_1, WORDS_1, HEADS_1, BIAS_1, NAMED_1,
+                ROWS, DIM, DIM_2, V_DIM, V_DIM_2, STAGES, PRECISION,
+            )  # fmt: skip
+    if SOURCES > 2:
+        if number >= first_2:
+            _attend(
+                number - first_2, q, slot_out, slot_lse, scale, q_n, q_h,
+                k_2, v_2, bias_2, programs_2, full_2, part_2, mask_2, words_2, base_2,
+                k_n_2, k_h_2, v_n_2, v_h_2, bias_n_2, bias_h_2,
+                BLOCK_2, COLUMNS_2, WORDS_2, HEADS_2, BIAS_2, NAMED_2,
+                ROWS, DIM, DIM_2, V_DIM, V_DIM_2, STAGES, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -338,26 +388,35 @@ def _record(recording: Recording, sources: Sequence[Source], splits: Sequence[Sp
         columns, stages = min(columns, 32), min(stages, 2)
     slot_out = recording.temporary(sum(work.results for work in splits), v_dim)
     slot_lse = recording.temporary(sum(work.results for work in splits))
-    bases, places = [0], []
-    for number, (source, work) in enumerate(zip(sources, splits, strict=True)):
-        k, v, bias, programs, here, *pages = rest[number * 9 : number * 9 + 9]
+    bases, firsts, places = [0], [0], []
+    arguments: list[Any] = []
+    constants: dict[str, Any] = {}
+    for number in range(3):
+        i = min(number, len(sources) - 1)  # what is not there is never looked at
+        source, work = sources[i], splits[i]
+        k, v, bias, programs, here, *pages = rest[i * 9 : i * 9 + 9]
+        strides = [n for x in (k, v, bias) for n in x.now.stride()[:2]]
+        arguments += [k, v, bias, programs, *pages, bases[min(number, i)], *strides]
         block = source.table.block_k
-        strides = [n for x in (q, k, v, bias) for n in x.now.stride()[:2]]
-        recording.launch(
-            _decode, (work.launched,), q, k, v, bias, slot_out, slot_lse, programs, *pages, bases[-1], scale, *strides,
-            BLOCK_K=block, COLUMNS=min(columns, max(16, triton.next_power_of_2(block))), ROWS=16, HEADS=work.heads,
-            DIM=q.now.shape[2], DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, WORDS=-(-block // 32),
-            BIAS=source.bias is not None, NAMED=isinstance(source.table, SelectedTable), STAGES=stages,
-            PRECISION=precision(q.now.dtype), num_warps=how.warps,
-        )  # fmt: skip
-        bases.append(bases[-1] + work.results)
+        named = isinstance(source.table, SelectedTable)
+        at_a_time = min(columns, max(16, triton.next_power_of_2(block)))
+        values = block, at_a_time, -(-block // 32), work.heads, source.bias is not None, named
+        names = "BLOCK", "COLUMNS", "WORDS", "HEADS", "BIAS", "NAMED"
+        constants |= {f"{name}_{number}": value for name, value in zip(names, values, strict=True)}
         places.append(here)
-    together = min(_TOGETHER, triton.next_power_of_2(max(work.most for work in splits)))
-    more = 3 - len(sources)
-    heads = [work.heads for work in splits] + [1] * more
+        if number == i:
+            bases.append(bases[-1] + work.results)
+            firsts.append(firsts[-1] + work.launched)
     recording.launch(
-        _merge, tuple(lse.now.shape), out, lse, slot_out, slot_lse, *places, *places[:1] * more,
-        *(bases[1:3] if len(sources) > 1 else (0, 0)), *out.now.stride()[:2], *lse.now.stride()[:2],
-        SOURCES=len(sources), HEADS_0=heads[0], HEADS_1=heads[1], HEADS_2=heads[2], V_DIM=v_dim, V_DIM_2=v_dim_2,
+        _decode, (firsts[-1],), q, slot_out, slot_lse, firsts[1], firsts[min(2, len(sources))], scale,
+        *q.now.stride()[:2], *arguments, SOURCES=len(sources), **constants, ROWS=16, DIM=q.now.shape[2],
+        DIM_2=dim_2, V_DIM=v_dim, V_DIM_2=v_dim_2, STAGES=stages, PRECISION=precision(q.now.dtype),
+        num_warps=how.warps,
+    )  # fmt: skip
+    together = min(_TOGETHER, triton.next_power_of_2(max(work.most for work in splits)))
+    heads = {name: value for name, value in constants.items() if name.startswith("HEADS")}
+    recording.launch(
+        _merge, tuple(lse.now.shape), out, lse, slot_out, slot_lse, *places, bases[1], bases[min(2, len(sources))],
+        *out.now.stride()[:2], *lse.now.stride()[:2], SOURCES=len(sources), **heads, V_DIM=v_dim, V_DIM_2=v_dim_2,
         TOGETHER=together, num_warps=min(max(together // 16, 1), 8),
     )  # fmt: skip

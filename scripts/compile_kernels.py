@@ -119,9 +119,13 @@ def record_choice(q: torch.Tensor) -> None:
     chunks, share = 1024, q.shape[2] // 2
     own, allowed = torch.arange(q.shape[1], dtype=torch.int32) // 64, torch.ones(chunks, dtype=torch.bool)
     keys = q[:, :1, :2].repeat(1, chunks * 4, 1, 1)
-    choosers = Choosers(q, torch.arange(q.shape[1]).numpy(), own, own * 4)
+    choosers = Choosers(q, torch.arange(q.shape[1]).numpy(), own, own)
     products = Choosing(chunks, 16, 1, True, ("first", "own", "previous"), False, 1, 1, 1, 64)
-    chunks_triton.choose_chunks(products, choosers._replace(until=own), keys[:, :chunks], None, allowed, 0.1, False)
+    chunks_triton.choose_chunks(products, choosers, keys[:, :chunks], None, allowed, 0.1, False)
+    one = Choosers(q[:, :1], choosers.number[:1], own[:1], own[:1])
+    together = products._replace(share=share)
+    chunks_triton.choose_chunks(together, one, keys[:, :chunks], None, allowed, 0.1, True)
+    choosers = choosers._replace(until=own * 4)
     masses = Choosing(chunks, 16, 1, True, ("first", "own"), True, 4, 2, share, 64)
     chosen = chunks_triton.choose_chunks(masses, choosers, keys, None, allowed, 0.1, False)
     rungs = [Rung(64, 1024, 0, 4, 4, 16), Rung(1024, 64, 1024, 4, 0, 1)]
@@ -151,7 +155,8 @@ def record_decoding(q: torch.Tensor, own: Pages) -> None:
     head_table = tuple(head * kv_heads // q.shape[1] for head in range(q.shape[1]))
     selected = SelectedTable(1, 128, 1, pages, 0, head_table, some, masks)
     out, lse = torch.zeros(1, q.shape[1], v.shape[2], dtype=q.dtype), torch.zeros(1, q.shape[1])
-    decode_triton.decode(q, [Source(k, v, table), Source(k, v, selected)], out, lse, 0.1)
+    sources = [Source(k, v, table), Source(k, v, selected, k[..., 0].float()), Source(k, v, selected)]
+    decode_triton.decode(q, sources, out, lse, 0.1)
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

@@ -40,6 +40,7 @@ CHUNK, CHUNKS, HEADS, KV_HEADS, DIM = 4, 11, 6, 2, 20
 WAYS = {
     "tokens, products": Choosing(CHUNKS, 3, 2, True, ("first",), False, 1, 1, 1, CHUNK),
     "tiles, products, both sides": Choosing(CHUNKS, 4, 2, False, ("first",), False, 1, 1, 1, 1),
+    "tiles, products, heads together": Choosing(CHUNKS, 4, 2, True, ("first",), False, 1, 1, 3, 1),
     "tokens, mass": Choosing(CHUNKS, 4, 1, True, ("first", "own", "previous"), True, 2, 2, 3, CHUNK),
     "tiles, mass, a choice a head": Choosing(CHUNKS, 2, 2, True, (), True, 2, 2, 1, 1),
     "more than there are": Choosing(CHUNKS, 30, 1, True, ("own",), False, 1, 1, 1, CHUNK),
@@ -73,9 +74,10 @@ def by_definition(by: Choosing, choosers: Choosers, keys: Tensor, bias: Tensor, 
     return found
 
 
+@pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("name", WAYS)
-def test_the_best_chunks_are_chosen(name: str, equal: bool, kernels: types.ModuleType, monkeypatch) -> None:
+def test_the_best_chunks_are_chosen(name: str, equal: bool, one: bool, kernels: types.ModuleType, monkeypatch) -> None:
     by = WAYS[name]
     number = np.delete(np.arange(by.chunks * by.rows), np.s_[5:7])
     if kernels is not in_torch:  # several slices, and a row in several parts; the interpreter takes its time
@@ -83,6 +85,7 @@ def test_the_best_chunks_are_chosen(name: str, equal: bool, kernels: types.Modul
         monkeypatch.setattr(kernels, "_WIDEST", 8 if equal else 16)
         monkeypatch.setattr(kernels, "_GROUP", 2)
         number = number[[len(number) // 2, -1]]
+    number = number[-1:] if one else number
     columns = by.chunks * by.pieces - (by.overlap - 1)
     batch = 2 if kernels is in_torch else 1
     rows, keys = random(batch, len(number), HEADS, DIM), random(batch, columns, KV_HEADS, DIM, seed=1)
@@ -103,7 +106,7 @@ def test_the_best_chunks_are_chosen(name: str, equal: bool, kernels: types.Modul
     expected = by_definition(by, choosers, keys, bias, selectable)
     there = Choosers(rows.to(DEVICE), number, choosers.own.to(DEVICE), choosers.until.to(DEVICE))
     found = kernels.choose_chunks(
-        by, there, keys.to(DEVICE), bias.to(DEVICE) if by.mass else None, selectable.to(DEVICE), 0.25, few=equal
+        by, there, keys.to(DEVICE), bias.to(DEVICE) if by.mass else None, selectable.to(DEVICE), 0.25, few=equal or one
     )
     assert found.dtype == torch.int32
     assert found.flatten(0, 2).tolist() == expected
