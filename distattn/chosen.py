@@ -186,8 +186,11 @@ class ChosenChunks:
         own_pairs = pairs[int(edges[rank]) : int(edges[rank + 1])]
         for owners, askers in groups:
             first = sum(take[: owners[0]])
-            rows = [asker - (asker > rank) for asker in askers]
-            to = _true(self.asked.given[rows].flatten() > 0, sum(give[r] for r in askers))
+            given = self.asked.given
+            if len(askers) < len(others):  # by a slice: an index made of a list would wait for the device
+                row = askers[0] - (askers[0] > rank)
+                given = given[row : row + 1]
+            to = _true(given.flatten() > 0, sum(give[r] for r in askers))
             yield Round(
                 wanted[first : first + sum(take[r] for r in owners)],
                 {r: take[r] for r in owners if take[r]},

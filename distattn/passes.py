@@ -118,12 +118,8 @@ class Pass:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, started: Started | None = None
     ) -> tuple[Tensor, Tensor, Kept]:
         """(out, lse, what the backward pass reads again). started: with the same tensors, if it was."""
-        if self.chosen is not None:
-            if self.asks is None:
-                self.asks = Asks(self.plan, self.exchange, self.chosen)
-            # Many small kernels, beside which the asks find room on the GPU; tiles would leave none for a while.
-            for table in (table for source in self.sources for table in source.tables):
-                prepare(q, table)
+        if self.chosen is not None and self.asks is None:
+            self.asks = Asks(self.plan, self.exchange, self.chosen)
         more = bool(self.sources) or self.chosen is not None
         started = started or self.start(q, k, v)
         return self.finish(self.begin(started, q, k, v, scale, more), q, k, v, scale)
@@ -212,6 +208,9 @@ class Pass:
                 run(source, last=number + 1 == len(self.sources))
             return result, {}
         assert self.asks is not None
+        # Many small kernels, which the host launches while the pattern is attended and asks travel.
+        for table in (table for source in self.sources for table in source.tables):
+            prepare(q, table)
         chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait())
         rounds = Rounds(chunks, self.exchange, own)
         for table in rounds.tables:  # as above, while the chunks set out

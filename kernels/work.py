@@ -199,7 +199,7 @@ def make_items(
     return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
 
 
-_WAVES, _FEWEST = 8, 256
+_WAVES, _FEWEST = 16, 128
 
 
 def waves_of(work: Work, numbers: int, programs: int) -> int:
