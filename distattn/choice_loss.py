@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from distattn.exchange import gather_rows
 from distattn.extras import AttentionExtras
 from distattn.kernels.attention import accumulator_dtype
+from distattn.kernels.uploads import upload
 from distattn.plan import Plan
 from distattn.spans import Bools, Ints
 
@@ -56,18 +57,18 @@ def choice_loss(
     row, own, target = _counted(lookups, candidates, plan)
 
     def on_device(x: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(x).to(q.device, non_blocking=True)
+        return upload([x], q.device)[0]
 
     with torch.autocast(q.device.type, enabled=False):
         pooled = k if extras.pool_keys is None else extras.pool_keys
         # Rows of a chunk may lie on several ranks.
         rows = torch.cat((pooled[0], q[0]), dim=1).to(dtype)
-        sums = rows.new_zeros((chunks, *rows.shape[1:])).index_add(0, on_device(plan.positions.numpy() // chunk), rows)
+        sums = rows.new_zeros((chunks, *rows.shape[1:])).index_add(0, plan.on(q.device, "positions") // chunk, rows)
         sizes = torch.full((chunks, 1, 1), chunk, dtype=dtype, device=q.device)
         sizes[-1] -= chunks * chunk - plan.seq_len
         keys, queries = _over_ranks(sums, plan).div(sizes).split([kv_heads, plan.heads], dim=1)
         if extras.rotate is not None:
-            keys = extras.rotate(keys.unsqueeze(0), on_device(hierarchy.chunk_centre))[0]
+            keys = extras.rotate(keys.unsqueeze(0), hierarchy.on(q.device, "chunk_centre"))[0]
         if select.per == "tile":
             chooser = queries[on_device(own - 1)]
         else:

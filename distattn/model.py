@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, AttentionExtras, Selec
 """observe(layer, q, k, v, out, extras, selection): what went into `attend` in a layer and what came out, this rank's
 rows."""
 
+# Rows whose gradients are added up at a time, see _Lookup.
+_LOOKED_UP = 1 << 14
 SHAPES = ("layers", "width", "heads", "kv_heads", "head_dim", "hidden")
 """Fields of a ModelConfig from which the shapes of parameters follow."""
 
@@ -292,7 +295,8 @@ class Decoder(nn.Module):
         return F.linear(_rms_norm(hidden, self.norm), self.head).to(_accurate(hidden.dtype))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens.long(), self.embedding)
+        found: Tensor = _Lookup.apply(tokens.long(), self.embedding)  # type: ignore[no-untyped-call]
+        return found
 
     def _loss_rows(self, hidden: Tensor, labels: Tensor) -> Tensor:
         scores = self.logits(hidden).flatten(0, 1)
@@ -332,6 +336,26 @@ class Decoder(nn.Module):
             elif name.endswith(("attention_out", "down")):
                 std /= math.sqrt(2 * self.config.layers)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, whose gradient is a product of matrices: that of `F.embedding` on a GPU is summed up in another
+    order each time, and the same seed would not give the same decoder again."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.size = len(table)
+        return table[tokens]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (tokens,), grad = ctx.saved_tensors, grads[0].flatten(0, 1)
+        every = torch.arange(ctx.size, device=tokens.device)[:, None]
+        total = grad.new_zeros((ctx.size, grad.shape[1]), dtype=_accurate(grad.dtype))
+        for some, rows in zip(tokens.flatten().split(_LOOKED_UP), grad.split(_LOOKED_UP), strict=True):
+            total += (some == every).to(total.dtype) @ rows.to(total.dtype)
+        return None, total.to(grad.dtype)
 
 
 def by_rows(

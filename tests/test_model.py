@@ -15,7 +15,7 @@ from distattn import reference
 from distattn.data import IGNORE
 from distattn.errors import ConfigError
 from distattn.hierarchy_reference import hierarchical as oracle
-from distattn.model import Decoder, ModelConfig
+from distattn.model import Decoder, ModelConfig, _Lookup
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
 from distattn.plan import Plan, make_plan
 from distattn.presets import hierarchical
@@ -255,3 +255,17 @@ def test_wrong_calls_are_named() -> None:
 def test_impossible_sizes_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lookups_have_the_gradient_of_an_embedding(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr("distattn.model._LOOKED_UP", 5)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(7, (2, 6), generator=generator)
+    table = torch.randn(7, 3, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(2, 6, 3, generator=generator).to(dtype)
+    found = _Lookup.apply(tokens, table)
+    assert torch.equal(found, table[tokens])
+    (grad,) = torch.autograd.grad((found * weight).sum(), table)
+    expected = torch.zeros(7, 3, dtype=torch.float64).index_add_(0, tokens.flatten(), weight.double().flatten(0, 1))
+    torch.testing.assert_close(grad, expected.to(dtype))

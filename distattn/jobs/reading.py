@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distattn.conf.schema import Config, TrainConfig
 from distattn.data import Corpus
+from distattn.kernels.uploads import upload
 from distattn.plan import Plan
 from distattn.spans import Ints
 from distattn.windows import Window, recall_window, text_window
@@ -33,13 +33,12 @@ class Shard:
     def __init__(self, windows: list[Window], plan: Plan, device: torch.device) -> None:
         rows = np.concatenate([np.arange(*segment) for segment in plan.segments] or [np.empty(0, np.int64)])
 
-        def mine(parts: list[NDArray[np.generic]]) -> Tensor:
-            x = torch.from_numpy(np.stack([part[rows] for part in parts]))
-            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+        def mine(parts: list[NDArray[Any]]) -> NDArray[Any]:
+            return np.stack([part[rows] for part in parts])
 
-        self.tokens, self.labels = mine([w.tokens for w in windows]), mine([w.labels for w in windows])
-        self.asked = mine([w.asked for w in windows])
-        self.weights = mine([w.weights.astype(np.float32) for w in windows])
+        arrays = [mine([w.tokens for w in windows]), mine([w.labels for w in windows])]
+        arrays += [mine([w.asked for w in windows]), mine([w.weights.astype(np.float32) for w in windows])]
+        self.tokens, self.labels, self.asked, self.weights = upload(arrays, device)
         self.lookups = [w.lookups for w in windows]
 
 
