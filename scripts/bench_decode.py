@@ -12,8 +12,8 @@ the step is captured in a CUDA graph, which is launched while the GPU has other 
 process. Pages lie in random order. Each result is compared with float64 or, where queries choose, with what was not
 captured. "kernels" is how many kernels and copies an eager call is on the GPU; with --profile each is printed, with its
 time. On several GPUs nothing is captured, and "ms" is "eager_ms" on the rank that has the query; "GB/s" is of all of
-them. The batch is of 64 ragged sequences, beside FlexAttention and PyTorch's attention on tensors that are padded to the
-longest.
+them. The batch is of 64 ragged sequences, beside FlexAttention and PyTorch's attention on tensors that are padded to
+the longest.
 """
 
 from __future__ import annotations
