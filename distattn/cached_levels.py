@@ -255,9 +255,12 @@ class CachedLevels:
         tile = plan.hierarchy.tile if plan.hierarchy.chooses_by_tile_before else 0
         self._queries = zeros(slots, tile, sizes.heads, sizes.head_dim)
         self._before = zeros(slots, sizes.heads, sizes.head_dim, dtype=wide)
+        # Of a slot: a chunk, and what its rows choose where the chunk before chooses for all of them.
+        self._choice: dict[int, tuple[int, Tensor]] = {}
 
     def clear(self, slot: int) -> None:
         """Before a new sequence gets the slot."""
+        self._choice.pop(slot, None)
         self.v.unflatten(0, (-1, max(self.plan.rows, 1)))[slot : slot + 1] = 0.0
 
     def copy(self, old: int, new: int) -> None:
@@ -266,6 +269,7 @@ class CachedLevels:
         by_slot = [x.unflatten(0, (-1, rows)) for x in (self.k, self.v, self.bias) if self.plan.rows]
         for x in (*by_slot, self._means, self._queries, self._before, *(x for ring in self._rings for x in ring)):
             x[new] = x[old]
+        self._choice.pop(new, None)
 
     def pool(self, slot: int, start: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
         """New tokens of a sequence. k: [n, kv_heads, head_dim], as they are pooled; v: [n, kv_heads, value_dim]."""
@@ -277,12 +281,18 @@ class CachedLevels:
     def choose(self, slot: int, asking: Asking, q: Tensor, extras: AttentionExtras, scale: float) -> Tensor:
         """int32 [tables, tiles, n]: the chunks of each of a sequence's tiles, ascending, then -1.
 
-        q: [n, heads, head_dim], all new queries of the sequence.
+        q: [n, heads, head_dim], all new queries of the sequence. Where the chunk before chooses for all rows of one, a
+        single row takes over what the row before it was given.
         """
         hierarchy, by = self.plan.hierarchy, self.plan.hierarchy.choosing
-        rows = q
+        rows, alone = q, None
         if hierarchy.chooses_by_tile_before:
-            rows = self._tile_queries(slot, asking.start, q)[asking.on(q.device, "query")]
+            rows = self._tile_queries(slot, asking.start, q)
+            alone = int(asking.own[0]) if len(asking.own) == 1 else None
+            before = self._choice.get(slot)
+            if before is not None and before[0] == alone:
+                return before[1]
+            rows = rows[asking.on(q.device, "query")]
         count = hierarchy.levels[0].count if hierarchy.levels else 0
         at = slice(slot * self.plan.rows, slot * self.plan.rows + count)
         bias = None
@@ -295,7 +305,11 @@ class CachedLevels:
             keys = extras.rotate(keys.unsqueeze(0), centre)[0]
         choosers = Choosers(rows.unsqueeze(0), asking.number, *(asking.on(q.device, x) for x in ("own", "until")))
         few = len(asking.own) <= FEW
-        return choose_chunks(by, choosers, keys.unsqueeze(0), bias, hierarchy.on(q.device, "selectable"), scale, few)[0]
+        selectable = hierarchy.on(q.device, "selectable")
+        chosen = choose_chunks(by, choosers, keys.unsqueeze(0), bias, selectable, scale, few)[0]
+        if alone is not None:
+            self._choice[slot] = alone, chosen
+        return chosen
 
     def _feed(self, number: int, slot: int, first: int, k: Tensor, v: Tensor, extras: AttentionExtras) -> None:
         """Members of a level that follow ``first`` others; whole summaries go on to the next level."""
@@ -355,6 +369,9 @@ class CachedLevels:
         """[n, heads, head_dim]: the mean queries of the chunk before that of ``start``, and of those from there on."""
         chunk = self.plan.hierarchy.chunk
         kept = start % chunk
+        if kept + len(q) < chunk:  # nobody asks for the mean of a chunk that is not whole
+            self._queries[slot, kept : kept + len(q)] = q
+            return self._before[slot].unsqueeze(0)
         rows = torch.cat((self._queries[slot, :kept], q)) if kept else q
         means, _ = chunk_means(rows.unsqueeze(0), chunk)
         found = torch.cat((self._before[slot].unsqueeze(0), means[0]))

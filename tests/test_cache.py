@@ -10,7 +10,7 @@ from rank_pool import RankPool
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distattn import presets, reference
+from distattn import cached_levels, presets, reference
 from distattn.cache import Cache
 from distattn.errors import CacheFull, ConfigError, PlanMismatch
 from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
@@ -406,6 +406,27 @@ def test_values_of_a_sequence_before_do_no_harm() -> None:
     text, out = Text(cache.add(), *rows_of(1)), {1: torch.zeros(1, N, HEADS, DIM)}
     run(cache, [text], [40], out)
     assert reference.max_error(out[1][:, :40], expected(presets.dense(), *rows_of(1))[:, :40]) < 1e-5
+
+
+def test_a_chunk_is_chosen_for_once(monkeypatch) -> None:
+    """Where the chunk before chooses for all rows of one: also after a fork, and in a slot that another had before."""
+    spec, calls = CHOOSING["by tile"], []
+    chooses = cached_levels.choose_chunks
+    monkeypatch.setattr(cached_levels, "choose_chunks", lambda *x: calls.append(0) or chooses(*x))
+    cache = cache_of(None, [spec, presets.dense()])
+    seen = []
+    for seed in (0, 1):
+        text = Text(cache.add(), *rows_of(seed))
+        out = {text.sequence: torch.zeros(1, N, HEADS, DIM)}
+        run(cache, [text], [100], out)
+        calls.clear()
+        for _ in range(20):  # positions 100 to 119, in chunks of 8
+            run(cache, [text], [1], out)
+        seen.append(len(calls))
+        found, right = out[text.sequence][:, :120], expected(spec, *rows_of(seed))[:, :120]
+        assert reference.max_error(found, right) < 1e-5
+        cache.free(text.sequence)
+    assert seen == [3, 3]
 
 
 def test_bad_arguments_are_refused() -> None:
