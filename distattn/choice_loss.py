@@ -61,9 +61,10 @@ def choice_loss(
 
     with torch.autocast(q.device.type, enabled=False):
         pooled = k if extras.pool_keys is None else extras.pool_keys
-        # Rows of a chunk may lie on several ranks.
-        rows = torch.cat((pooled[0], q[0]), dim=1).to(dtype)
-        sums = rows.new_zeros((chunks, *rows.shape[1:])).index_add(0, plan.on(q.device, "positions") // chunk, rows)
+        # Segments are whole chunks, but for the end of the sequence. Sums have an order, unlike those of an index_add.
+        rows = F.pad(torch.cat((pooled[0], q[0]), dim=1).to(dtype), (0, 0, 0, 0, 0, -plan.tokens % chunk))
+        mine = plan.on(q.device, "positions")[::chunk] // chunk
+        sums = rows.new_zeros((chunks, *rows.shape[1:])).index_copy(0, mine, rows.unflatten(0, (-1, chunk)).sum(1))
         sizes = torch.full((chunks, 1, 1), chunk, dtype=dtype, device=q.device)
         sizes[-1] -= chunks * chunk - plan.seq_len
         keys, queries = _over_ranks(sums, plan).div(sizes).split([kv_heads, plan.heads], dim=1)
@@ -73,8 +74,8 @@ def choice_loss(
             chooser = queries[on_device(own - 1)]
         else:
             there, place = np.nonzero(row[:, None] == plan.positions.numpy())
-            mine = q.new_zeros((len(row), *q.shape[2:]), dtype=dtype)
-            chooser = mine.index_put((on_device(there),), q[0, on_device(place)].to(dtype))
+            nothing = q.new_zeros((len(row), *q.shape[2:]), dtype=dtype)
+            chooser = nothing.index_put((on_device(there),), q[0, on_device(place)].to(dtype))
             chooser = _over_ranks(chooser, plan)
         chooser = chooser.unflatten(1, (kv_heads, -1))  # [m, kv_heads, share, dim]
         if select.heads == "kv":
