@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn import spans as sp
+from distattn.algebra import Pattern
 from distattn.axis import Axis
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
@@ -33,7 +34,7 @@ from distattn.paged import Tiles, moved
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
 from distattn.summaries import pool_members
-from distattn.tiles import Extents, assemble, visit
+from distattn.tiles import Extents, Visits, assemble, joined, visit
 
 FEW = 16
 """Up to so many new tokens of a sequence are attended one by one; more are tiles."""
@@ -148,26 +149,39 @@ class LevelPlan(OnDevices):
         chunk = self.hierarchy.chunk
         return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
-    def visited_table(self, tiles: Tiles, slot: Ints) -> TileTable:
-        """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
+    def visited(self, tiles: Tiles) -> Visits:
+        """What query tiles visit of the pages of their sequence's buffer, where nothing is chosen or choices have a
+        softmax of their own."""
+        queries, parts = Axis(self.sizes.max_len, tiles.block, first=tiles.first), []
+        for level, (pattern, keys) in zip(self.hierarchy.levels, self._seen_of_levels, strict=True):
+            parts.append(visit(pattern, queries, keys).shifted(level.first_row // self.sizes.block_k))
+        return joined(parts)
 
-        slot: int64 [sequences], whose buffer each has.
-        """
-        hierarchy, block, (rank, ranks) = self.hierarchy, self.sizes.block_k, self.sizes.share
-        pages = self.rows // block
+    def visited_table(self, visits: Visits, tiles: Tiles, slot: Ints) -> TileTable:
+        """A table of what :meth:`visited` has found. slot: int64 [sequences], whose buffer each has."""
+        extents, pages = self._mine, self.rows // self.sizes.block_k
+        there = moved(visits, slot[tiles.sequence] * pages, np.full(len(tiles), self.sizes.sequences * pages))
+        blocks, heads = (tiles.block, self.sizes.block_k), (0,) * self.sizes.heads
+        every = self.sizes.sequences * pages
+        return assemble([[(there, extents)]], heads, len(tiles), blocks, every, 0, keep_masks=True)
+
+    @cached_property
+    def _seen_of_levels(self) -> list[tuple[Pattern, Axis]]:
+        """Of each level who sees its summaries, and their pages."""
+        found = []
+        for number, level in enumerate(self.hierarchy.levels):
+            places = level.stop - 1 if self.spec.merge == "gate" else level.start
+            keys = Axis(self.sizes.max_len, self.sizes.block_k, gathered=places, skip=places[level.size == 0])
+            found.append((self.hierarchy.visible(number), keys))
+        return found
+
+    @cached_property
+    def _mine(self) -> Extents:
+        """Which pages of the buffers are this rank's."""
+        pages, (rank, ranks) = self.rows // self.sizes.block_k, self.sizes.share
         every = np.arange(self.sizes.sequences * pages)
         mine = every[every % pages % ranks == rank]
-        extents, until = Extents.of(mine, mine), np.full(len(tiles), len(every))
-        queries = Axis(self.sizes.max_len, tiles.block, first=tiles.first)
-        parts = []
-        for number, level in enumerate(hierarchy.levels):
-            places = level.stop - 1 if self.spec.merge == "gate" else level.start
-            keys = Axis(self.sizes.max_len, block, gathered=places, skip=places[level.size == 0])
-            visits = visit(hierarchy.visible(number), queries, keys)
-            at = slot[tiles.sequence] * pages + level.first_row // block
-            parts.append((moved(visits, at, until), extents))
-        blocks = tiles.block, block
-        return assemble([parts], (0,) * self.sizes.heads, len(tiles), blocks, len(every), 0)
+        return Extents.of(mine, mine)
 
     def asking(self, start: int, first: Ints) -> Asking:
         """What a sequence's tiles choose by. start: its first new position. first: int64 [tiles], of the tiles."""

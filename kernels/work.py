@@ -127,7 +127,7 @@ def _make(
     arrays = [longer(x) for x in (items, item_ptr, split, split_ptr, rows.full_first, rows.full_count)]
     there = upload([*arrays, *(longer(x, 2) for x in partial)], device)
     return Work(
-        Visits(there[4], there[5], there[6], there[7], _mask_words(table, device)),
+        Visits(there[4], there[5], there[6], there[7], table.masks.words_and_none(device).flatten()),
         there[0],
         there[1],
         int(np.diff(item_ptr).max(initial=0)),
@@ -138,16 +138,6 @@ def _make(
         table.tables == 1,
         float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1),
     )
-
-
-def _mask_words(table: TileTable, device: torch.device) -> Tensor:
-    """int32, flat: the words of all masks and of an empty one, which both directions share."""
-    key = ("masks", device)
-    if key not in table.cache:
-        words = table.masks.words(device).flatten(1)
-        table.cache[key] = torch.cat((words, words.new_zeros(1, words.shape[1]))).flatten()
-    made: Tensor = table.cache[key]
-    return made
 
 
 def make_items(
