@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 RETRIEVED = dense()
 """Layers of this spec may retrieve pages."""
+_LENGTHS = 64
+"""Of so many it is kept which pages some later query may visit."""
 
 
 def plan_levels(specs: Sequence[AttentionSpec], sizes: Sizes) -> dict[AttentionSpec, LevelPlan]:
@@ -131,6 +133,7 @@ class Cache:
         if retrieve is not None and RETRIEVED not in specs:
             raise ConfigError(f"retrieve is {retrieve}; expected None, or a spec that is {RETRIEVED!r}")
         self.levels = tuple(self._levels_of(spec) for spec in specs)
+        self._needed: dict[int, Bools] = {}
 
     @cached_property
     def kind_of(self) -> tuple[int, ...]:
@@ -196,7 +199,11 @@ class Cache:
         """Lets go the pages that no query visits any more, whatever comes, and those that ``keep`` does not keep."""
         length, (owner, _) = self.tables.length(sequence), self.tables.pages(sequence)
         there = owner[: length // self.block_k] >= 0
-        dead = there & ~self._needed(length)
+        if length not in self._needed:
+            if len(self._needed) == _LENGTHS:
+                self._needed.clear()
+            self._needed[length] = self._pages_needed(length)
+        dead = there & ~self._needed[length]
         self.released[sequence] += int(dead.sum()) * self.block_k
         if self.keep is not None:
             mass = np.zeros(len(there)) if sequence not in self.mass else self.mass[sequence][: len(there)]
@@ -205,7 +212,7 @@ class Cache:
             dead |= more
         self.tables.evict(sequence, np.flatnonzero(dead))
 
-    def _needed(self, length: int) -> Bools:
+    def _pages_needed(self, length: int) -> Bools:
         """bool [whole pages]: which of a sequence of this length some later query of some layer may visit."""
         found = np.zeros(length // self.block_k, np.bool_)
         if length >= self.max_len or any(spec.select is not None for spec in self.specs):

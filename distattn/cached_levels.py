@@ -72,6 +72,13 @@ class Asking(OnDevices):
     own: NDArray[np.int32]
     until: NDArray[np.int32]
 
+    @property
+    def query_run(self) -> slice | None:
+        """The mean queries as a slice, where they follow one another."""
+        if not len(self.query) or (np.diff(self.query) != 1).any():
+            return None
+        return slice(int(self.query[0]), int(self.query[-1]) + 1)
+
 
 class LevelPlan(OnDevices):
     """What layers of one spec share: its levels, for sequences of up to ``max_len`` tokens.
@@ -297,7 +304,8 @@ class CachedLevels:
         assert spec.select is not None
         rows = q
         if hierarchy.chooses_by_tile_before:
-            rows = self._tile_queries(slot, asking.start, q)[asking.on(q.device, "query")]
+            rows = self._tile_queries(slot, asking.start, q)
+            rows = rows[asking.on(q.device, "query") if asking.query_run is None else asking.query_run]
         share = self.plan.sizes.heads // hierarchy.kv_heads
         if not by.mass and spec.select.heads == "kv" and share > 1:
             rows = rows.unflatten(1, (hierarchy.kv_heads, share)).sum(2, dtype=accumulator_dtype(q.dtype))
@@ -361,13 +369,13 @@ class CachedLevels:
             keys = extras.rotate(keys, level.on(keys.device, "centre")[begin:stop])
         row = slot * self.plan.rows + level.first_row
         at = slice(row + begin, row + stop)
-        self.k[at], self.v[at] = keys[0].to(self.k.dtype), values[0].to(self.v.dtype)
+        self.k[at], self.v[at] = keys[0], values[0]
         kind = self.plan.spec.summaries[number].bias
         if kind == "learned":
             assert extras.key_bias is not None
-            self.bias[at] = extras.key_bias[number].to(self.bias.dtype)
+            self.bias[at] = extras.key_bias[number]
         elif kind == "count":
-            self.bias[at] = level.on(keys.device, "log_size")[begin:stop, None].to(self.bias.dtype)
+            self.bias[at] = level.on(keys.device, "log_size")[begin:stop, None]
 
     def _tile_queries(self, slot: int, start: int, q: Tensor) -> Tensor:
         """[n, heads, head_dim]: the mean queries of the chunk before that of ``start``, and of those from there on."""

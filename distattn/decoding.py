@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distattn import operators
 from distattn import spans as sp
-from distattn.cached_levels import FEW, Asking, CachedLevels
+from distattn.cached_levels import FEW, Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange, gather_rows
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
@@ -24,6 +24,7 @@ from distattn.kernels.rows import gate, store_rows
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 from distattn.kernels.uploads import upload
+from distattn.levels import OnDevices, bring
 from distattn.outlook import Outlook
 from distattn.paged import Line, Tiles
 from distattn.pages import Written
@@ -319,19 +320,24 @@ class Step:
         if plan is None:
             return group
         (summaries,) = [plan.visited_table(one, tiles, self._slots) for one in seen.summaries] or (None,)
-        asking: tuple[Asking, ...] = ()
-        choosing = buffers = None
-        if plan.spec.select is not None:
-            choosing = plan.choice_tiles(tiles, self.start + self.count)
-            of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
-            asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
-        if plan.spec.summaries and summaries is None:
-            assert choosing is not None
-            begins = self._slots[choosing.sequence] * plan.hierarchy.ladder.pages
-            (buffers,) = upload([begins.astype(np.int32)], cache.device)
         blind = plan.blind(tiles)
-        on_device = upload([blind], cache.device)[0] if len(blind) else None
-        return replace(group, choosing=choosing, asking=asking, summaries=summaries, buffers=buffers, blind=on_device)
+        (on_device,) = upload([blind], cache.device) if len(blind) else (None,)
+        group = replace(group, summaries=summaries, blind=on_device)
+        return group if plan.spec.select is None else self._choosing(group, plan)
+
+    def _choosing(self, group: _Group, plan: LevelPlan) -> _Group:
+        """The group with the tiles that choose, and all that is needed of them on the device."""
+        choosing = plan.choice_tiles(group.tiles, self.start + self.count)
+        of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
+        asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
+        wanted: list[tuple[OnDevices, str]] = [(choosing, "sequence"), (choosing, "first")]
+        wanted += [(one, name) for one in asking for name in ("own", "until")]
+        others: list[Ints] = []
+        if plan.spec.summaries and group.summaries is None:
+            wanted.append((choosing, "positions"))
+            others.append(self._slots[choosing.sequence] * plan.hierarchy.ladder.pages)
+        (buffers,) = bring(self.cache.device, wanted, [x.astype(np.int32) for x in others]) or (None,)
+        return replace(group, choosing=choosing, asking=asking, buffers=buffers)
 
 
 def attend_tiles(
