@@ -1,7 +1,7 @@
 """Chunk summaries of the sequences of a cache, and chunks that their new queries choose.
 
 Every rank has all summaries, as in a pass over a whole sequence, and makes them of all new tokens, alike. What is still
-to be pooled lies in rings: of each level as many of the latest members as a summary has. A sequence's summaries lie in
+to be pooled lies in rings, with room for as many members of each level as a summary has. A sequence's summaries lie in
 one buffer, level by level, of which rank r attends to the pages p with p % ranks == r.
 """
 
@@ -355,7 +355,9 @@ class CachedLevels:
                 self._write(number, slot, begin, stop, pooled[0], pooled[1], extras)
                 if number + 1 < len(plan.hierarchy.levels):
                     self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
-        count = min(len(k), size)
+        count = min(len(k), first + len(k) - stop * step)  # those of summaries that are not whole yet
+        if count == 0:
+            return
         at = (first + len(k) - count) % size
         places = level.on(k.device, "ring")[at : at + count]
         store_rows([ring[slot] for ring in rings], places, [x[len(x) - count :] for x in (k, v)])
@@ -386,7 +388,8 @@ class CachedLevels:
         found = torch.cat((self._before[slot].unsqueeze(0), means[0]))
         whole = len(rows) // chunk
         self._before[slot] = found[whole]
-        self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
+        if len(rows) > whole * chunk:
+            self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
         return found
 
 

@@ -112,6 +112,8 @@ class Line(NamedTuple):
 
 def moved(visits: Visits, by: Ints, until: Ints) -> Visits:
     """Page p of tile t as page ``by[t] + p``; those from ``until[t]`` on are left out. by, until: int64 [tiles]."""
+    if not by.any() and visits.end <= until.min(initial=visits.end):
+        return visits
     row = visits.full.row_of()
     start, stop = visits.full.start + by[row], np.minimum(visits.full.stop + by[row], until[row])
     page = visits.page + by[visits.row]

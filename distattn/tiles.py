@@ -64,6 +64,11 @@ class Visits:
         return replace(self, full=full, page=self.page + pages)
 
     @property
+    def end(self) -> int:
+        """One more than the last page that is visited, or 0."""
+        return max(int(self.full.stop.max(initial=0)), int(self.page.max(initial=-1)) + 1)
+
+    @property
     def nbytes(self) -> int:
         """Without masks."""
         return sum(x.nbytes for x in (*self.full, self.row, self.page, self.mask))
@@ -232,6 +237,9 @@ class Extents:
     def place(self, visits: Visits) -> tuple[tuple[Ints, Ints, Ints], tuple[Ints, Ints, Ints]]:
         """Visits in arena pages: runs (row, first, count) and partial tiles (row, page, mask); others are dropped."""
         full, row = visits.full, visits.full.row_of()
+        if len(self.start) == 1 and self.start[0] == 0 and visits.end <= self.stop[0]:  # all that is visited is here
+            runs = row, full.start + self.to[0], full.stop - full.start
+            return runs, (visits.row, visits.page + self.to[0], visits.mask)
         first = np.searchsorted(self.stop, full.start, side="right")
         count = np.maximum(np.searchsorted(self.start, full.stop, side="left") - first, 0)
         run, extent = np.repeat(np.arange(len(row)), count), sp.concat_ranges(first, count)
@@ -302,9 +310,9 @@ def _by_row(parts: list[tuple[Ints, Ints, Ints]], rows: int) -> tuple[Ints, Ints
     """(ptr, a, b) of entries (row, a, b), ordered by row and then by a."""
     if not parts:
         return np.zeros(rows + 1, np.int64), _NONE, _NONE
-    row, a, b = (np.concatenate(x) for x in zip(*parts, strict=True))
+    row, a, b = parts[0] if len(parts) == 1 else (np.concatenate(x) for x in zip(*parts, strict=True))
     key = row * (int(a.max(initial=0)) + 1) + a
-    if (np.diff(key) < 0).any():
+    if (key[1:] < key[:-1]).any():
         order = np.argsort(key, kind="stable")
         row, a, b = row[order], a[order], b[order]
     ptr = np.zeros(rows + 1, np.int64)

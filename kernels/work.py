@@ -122,7 +122,9 @@ def _make(
 
     def longer(array: NDArray[np.int32], more: int = 1) -> NDArray[np.int32]:
         # Some entries more: what is read ahead exists, and nothing is empty.
-        return np.append(array.ravel(), np.zeros(more, np.int32))
+        out = np.zeros(array.size + more, np.int32)
+        out[: array.size] = array.ravel()
+        return out
 
     arrays = [longer(x) for x in (items, item_ptr, split, split_ptr, rows.full_first, rows.full_count)]
     there = upload([*arrays, *(longer(x, 2) for x in partial)], device)
@@ -166,27 +168,33 @@ def make_items(
     visits = partial + np.diff(before[full_ptr])
     table = np.arange(len(visits)) // max(rows_of_table, 1)
     longest = longest_piece(float((visits * heads[table]).sum()) / programs / share)
-    pieces = -(-visits // longest)
-    row = np.repeat(np.arange(len(visits)), pieces)
-    piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    # Equal pieces, to within one visit.
-    first = piece * visits[row] // np.maximum(pieces[row], 1)
-    count = (piece + 1) * visits[row] // np.maximum(pieces[row], 1) - first
-    full_before = before[full_ptr[row]] + np.maximum(first - partial[row], 0)
-    run = np.searchsorted(before, full_before, side="right") - 1
-    skip = full_before - before[run]
-    cut = pieces[row] > 1
-    slot = np.where(cut, np.cumsum(cut) - 1, -1)
-    begin, end = (part_ptr[row] + np.minimum(at, partial[row]) for at in (first, first + count))
-    order = np.lexsort((np.arange(len(row)), -count, table[row]))
+    most, tables = int(visits.max(initial=0)), np.arange(len(heads) + 1)
+    if most <= longest:  # every row is an item
+        row = np.flatnonzero(visits)
+        count, begin, end, run = visits[row], part_ptr[row], part_ptr[row + 1], full_ptr[row]
+        skip, slot = np.zeros_like(row), np.full_like(row, -1)
+        split, split_ptr, slots = np.zeros((0, 3), np.int32), np.zeros(len(tables), np.int32), 0
+    else:
+        pieces = -(-visits // longest)
+        row = np.repeat(np.arange(len(visits)), pieces)
+        piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        # Equal pieces, to within one visit.
+        first = piece * visits[row] // np.maximum(pieces[row], 1)
+        count = (piece + 1) * visits[row] // np.maximum(pieces[row], 1) - first
+        full_before = before[full_ptr[row]] + np.maximum(first - partial[row], 0)
+        run = np.searchsorted(before, full_before, side="right") - 1
+        skip = full_before - before[run]
+        cut = pieces[row] > 1
+        slots, slot = int(cut.sum()), np.where(cut, np.cumsum(cut) - 1, -1)
+        begin, end = (part_ptr[row] + np.minimum(at, partial[row]) for at in (first, first + count))
+        split_row = np.flatnonzero(pieces > 1)
+        split = np.stack((split_row, np.cumsum(pieces[split_row]) - pieces[split_row], pieces[split_row]), axis=1)
+        split, split_ptr = split.astype(np.int32), np.searchsorted(table[split_row], tables).astype(np.int32)
+    order = np.argsort(table[row] * (most + 1) - count, kind="stable")
     columns = (row, begin, end, count - (end - begin), run, skip, slot, np.zeros_like(row))
     items = np.stack(columns, axis=1)[order].astype(np.int32)
-    split_row = np.flatnonzero(pieces > 1)
-    split = np.stack((split_row, np.cumsum(pieces[split_row]) - pieces[split_row], pieces[split_row]), axis=1)
-    tables = len(heads)
-    item_ptr = np.searchsorted(table[row], np.arange(tables + 1)).astype(np.int32)
-    split_ptr = np.searchsorted(table[split_row], np.arange(tables + 1)).astype(np.int32)
-    return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
+    item_ptr = np.searchsorted(table[row], tables).astype(np.int32)
+    return items, item_ptr, split, split_ptr, slots
 
 
 _WAVES, _FEWEST = 8, 256
