@@ -8,6 +8,8 @@ a row leave partial results in slots, which a second kernel adds up, in order: t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -76,6 +78,14 @@ class Work:
     one_table: bool
     mean: float
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.items, self.item_ptr, self.split, self.split_ptr, *self.visits
+
+    @property
+    def numbers(self) -> Hashable:
+        return self.most, self.slots, self.most_split, self.one_table, self.mean
+
 
 def query_work(table: AnyTable, device: torch.device, programs: int) -> Work:
     """Items of query tiles, for a chip that runs so many programs at once. Kept with the table."""
@@ -138,7 +148,7 @@ def _make(
         there[3],
         int(np.diff(split_ptr).max(initial=0)),
         table.tables == 1,
-        float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1),
+        _about(float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1)),
     )
 
 
@@ -195,6 +205,11 @@ def make_items(
     items = np.stack(columns, axis=1)[order].astype(np.int32)
     item_ptr = np.searchsorted(table[row], tables).astype(np.int32)
     return items, item_ptr, split, split_ptr, slots
+
+
+def _about(x: float) -> float:
+    """To within a tenth: that tables which are nearly alike are launched alike."""
+    return 2 ** (round(4 * math.log2(x)) / 4) if x else x
 
 
 _WAVES, _FEWEST = 8, 256
