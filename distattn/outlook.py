@@ -24,8 +24,9 @@ from distattn.spec import AttentionSpec
 from distattn.tiles import Visits, sharing_masks, visit
 
 _BLOCK_Q = 128
-# Not more tiles are planned at once, nor more than what so many bytes tell of.
-_TILES = 4096
+# Not more steps and tiles are planned at once, nor more than what so many bytes tell of: a token that waits for a plan
+# should not wait for long.
+_STEPS, _TILES = 64, 4096
 _BYTES = 1 << 22
 # What was planned, and serves other sequences that are as long.
 _KEPT = 8
@@ -141,7 +142,7 @@ class Outlook:
         if last.number(start, count) != last.steps or last.seen.nbytes > _BYTES:
             return 1
         until_end = int(((self._sizes.max_len - start) // count).min())
-        return max(min(2 * last.steps, until_end, _TILES // len(tiles)), 1)
+        return max(min(2 * last.steps, until_end, _STEPS, _TILES // len(tiles)), 1)
 
     def _plan(self, tiles: Tiles, length: int) -> Seen:
         axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, self._sizes.block_k)
