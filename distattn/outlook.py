@@ -28,8 +28,8 @@ _BLOCK_Q = 128
 # should not wait for long.
 _STEPS, _TILES = 64, 4096
 _BYTES = 1 << 22
-# What was planned, and serves other sequences that are as long.
-_KEPT = 8
+# So much of what was planned is kept, and so many bytes: it serves other sequences that are read alike.
+_KEPT, _KEPT_BYTES = 8, 1 << 24
 
 
 class Seen(NamedTuple):
@@ -131,6 +131,8 @@ class Outlook:
         every = tiles if steps == 1 else self.tiles(more.ravel(), np.tile(count, steps))
         seen = self._plan(every, int((more[-1] + count).max()))
         self._planned = [*self._planned[1 - _KEPT :], _Planned(start, count, steps, seen)]
+        while len(self._planned) > 1 and sum(planned.seen.nbytes for planned in self._planned) > _KEPT_BYTES:
+            self._planned.pop(0)
         return seen.run(0, len(tiles))
 
     def _steps(self, start: Ints, count: Ints, tiles: Tiles) -> int:
