@@ -16,23 +16,33 @@ own: in a cache every pattern is causal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from distattn import operators
+from distattn.algebra import Pattern
 from distattn.cached_levels import CachedLevels, LevelPlan, Sizes
-from distattn.decoding import RETRIEVED, Step, causal
+from distattn.decoding import Step
 from distattn.errors import CacheFull, ConfigError
+from distattn.outlook import Outlook, causal, outlook_of
 from distattn.pages import PageTables
 from distattn.policies import HeaviestPages, Mass, Policy
+from distattn.presets import dense
 from distattn.retrieval import PageBounds, Quest
 from distattn.spans import Bools
 from distattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+RETRIEVED = dense()
+"""Layers of this spec may retrieve pages."""
+_LENGTHS = 64
+"""Of so many it is kept which pages some later query may visit."""
 
 
 def plan_levels(specs: Sequence[AttentionSpec], sizes: Sizes) -> dict[AttentionSpec, LevelPlan]:
@@ -118,11 +128,28 @@ class Cache:
         self.sequences, self.slot_of = sequences, dict[int, int]()
         share = self.rank, self.world_size
         wide = Sizes(heads, kv_heads, head_dim, value_dim, max_len, sequences, block_k, dtype, self.device, share)
-        self.level_plans = plan_levels(specs, wide)
+        self.sizes, self.level_plans = wide, plan_levels(specs, wide)
         self.retrieval = None if retrieve is None else retrieve.plan(wide)
         if retrieve is not None and RETRIEVED not in specs:
             raise ConfigError(f"retrieve is {retrieve}; expected None, or a spec that is {RETRIEVED!r}")
         self.levels = tuple(self._levels_of(spec) for spec in specs)
+        self._needed: dict[int, Bools] = {}
+
+    @cached_property
+    def kind_of(self) -> tuple[int, ...]:
+        """Of each layer the number of its spec among the distinct ones."""
+        kinds = {spec: number for number, spec in enumerate(dict.fromkeys(self.specs))}
+        return tuple(kinds[spec] for spec in self.specs)
+
+    @cached_property
+    def outlooks(self) -> dict[bool, list[Outlook]]:
+        """Of the distinct specs, for steps with few tokens (True) and with many."""
+        found: dict[bool, list[Outlook]] = {True: [], False: []}
+        for spec in dict.fromkeys(self.specs):
+            retrieval = self.retrieval if spec == RETRIEVED else None
+            for few, some in found.items():
+                some.append(outlook_of(spec, self.level_plans.get(spec), retrieval, self.sizes, few))
+        return found
 
     def add(self) -> int:
         """A new, empty sequence. Raises CacheFull if there may be no more."""
@@ -166,13 +193,17 @@ class Cache:
                 self._copy_block(old, new)
         for sequence, before in pages.items():
             self._clear_last(sequence, before)
-        return Step(self, counts, start, (written.owner, written.slot))
+        return Step(self, counts, start, written)
 
     def release(self, sequence: int) -> None:
         """Lets go the pages that no query visits any more, whatever comes, and those that ``keep`` does not keep."""
         length, (owner, _) = self.tables.length(sequence), self.tables.pages(sequence)
         there = owner[: length // self.block_k] >= 0
-        dead = there & ~self._needed(length)
+        if length not in self._needed:
+            if len(self._needed) == _LENGTHS:
+                self._needed.clear()
+            self._needed[length] = self._pages_needed(length)
+        dead = there & ~self._needed[length]
         self.released[sequence] += int(dead.sum()) * self.block_k
         if self.keep is not None:
             mass = np.zeros(len(there)) if sequence not in self.mass else self.mass[sequence][: len(there)]
@@ -181,16 +212,22 @@ class Cache:
             dead |= more
         self.tables.evict(sequence, np.flatnonzero(dead))
 
-    def _needed(self, length: int) -> Bools:
+    def _pages_needed(self, length: int) -> Bools:
         """bool [whole pages]: which of a sequence of this length some later query of some layer may visit."""
         found = np.zeros(length // self.block_k, np.bool_)
         if length >= self.max_len or any(spec.select is not None for spec in self.specs):
             return ~found  # nothing comes, or any chunk may be chosen
-        for pattern in {pattern for spec in self.specs for pattern in spec.tokens.by_head(self.heads)}:
-            support, _ = causal(pattern).spans([length], [self.max_len], self.max_len, self.block_k)
+        for pattern in self._patterns:
+            support, _ = pattern.spans([length], [self.max_len], self.max_len, self.block_k)
             for first, stop in zip(support.start.tolist(), support.stop.tolist(), strict=True):
                 found[first // self.block_k : -(-stop // self.block_k)] = True
         return found
+
+    @cached_property
+    def _patterns(self) -> list[Pattern]:
+        """The distinct ones of all layers and heads, as they are in a cache."""
+        every = {pattern for spec in dict.fromkeys(self.specs) for pattern in spec.tokens.by_head(self.heads)}
+        return [causal(pattern) for pattern in every]
 
     def _levels_of(self, spec: AttentionSpec) -> CachedLevels | PageBounds | None:
         if spec == RETRIEVED and self.retrieval is not None:

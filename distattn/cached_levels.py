@@ -1,7 +1,7 @@
 """Chunk summaries of the sequences of a cache, and chunks that their new queries choose.
 
 Every rank has all summaries, as in a pass over a whole sequence, and makes them of all new tokens, alike. What is still
-to be pooled lies in rings: of each level as many of the latest members as a summary has. A sequence's summaries lie in
+to be pooled lies in rings, with room for as many members of each level as a summary has. A sequence's summaries lie in
 one buffer, level by level, of which rank r attends to the pages p with p % ranks == r.
 """
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn import spans as sp
+from distattn.algebra import Pattern
 from distattn.axis import Axis
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras
@@ -33,7 +34,7 @@ from distattn.paged import Tiles, moved
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
 from distattn.summaries import pool_members
-from distattn.tiles import Extents, assemble, visit
+from distattn.tiles import Extents, Visits, assemble, joined, visit
 
 FEW = 16
 """Up to so many new tokens of a sequence are attended one by one; more are tiles."""
@@ -70,6 +71,13 @@ class Asking(OnDevices):
     query: Ints
     own: NDArray[np.int32]
     until: NDArray[np.int32]
+
+    @property
+    def query_run(self) -> slice | None:
+        """The mean queries as a slice, where they follow one another."""
+        if not len(self.query) or (np.diff(self.query) != 1).any():
+            return None
+        return slice(int(self.query[0]), int(self.query[-1]) + 1)
 
 
 class LevelPlan(OnDevices):
@@ -148,26 +156,39 @@ class LevelPlan(OnDevices):
         chunk = self.hierarchy.chunk
         return tiles if tiles.block == 1 else tiles.divided(chunk, (stop - 1) // chunk * chunk)
 
-    def visited_table(self, tiles: Tiles, slot: Ints) -> TileTable:
-        """What query tiles visit of the buffers, where nothing is chosen or choices have a softmax of their own.
+    def visited(self, tiles: Tiles) -> Visits:
+        """What query tiles visit of the pages of their sequence's buffer, where nothing is chosen or choices have a
+        softmax of their own."""
+        queries, parts = Axis(self.sizes.max_len, tiles.block, first=tiles.first), []
+        for level, (pattern, keys) in zip(self.hierarchy.levels, self._seen_of_levels, strict=True):
+            parts.append(visit(pattern, queries, keys).shifted(level.first_row // self.sizes.block_k))
+        return joined(parts)
 
-        slot: int64 [sequences], whose buffer each has.
-        """
-        hierarchy, block, (rank, ranks) = self.hierarchy, self.sizes.block_k, self.sizes.share
-        pages = self.rows // block
+    def visited_table(self, visits: Visits, tiles: Tiles, slot: Ints) -> TileTable:
+        """A table of what :meth:`visited` has found. slot: int64 [sequences], whose buffer each has."""
+        extents, pages = self._mine, self.rows // self.sizes.block_k
+        there = moved(visits, slot[tiles.sequence] * pages, np.full(len(tiles), self.sizes.sequences * pages))
+        blocks, heads = (tiles.block, self.sizes.block_k), (0,) * self.sizes.heads
+        every = self.sizes.sequences * pages
+        return assemble([[(there, extents)]], heads, len(tiles), blocks, every, 0, keep_masks=True)
+
+    @cached_property
+    def _seen_of_levels(self) -> list[tuple[Pattern, Axis]]:
+        """Of each level who sees its summaries, and their pages."""
+        found = []
+        for number, level in enumerate(self.hierarchy.levels):
+            places = level.stop - 1 if self.spec.merge == "gate" else level.start
+            keys = Axis(self.sizes.max_len, self.sizes.block_k, gathered=places, skip=places[level.size == 0])
+            found.append((self.hierarchy.visible(number), keys))
+        return found
+
+    @cached_property
+    def _mine(self) -> Extents:
+        """Which pages of the buffers are this rank's."""
+        pages, (rank, ranks) = self.rows // self.sizes.block_k, self.sizes.share
         every = np.arange(self.sizes.sequences * pages)
         mine = every[every % pages % ranks == rank]
-        extents, until = Extents.of(mine, mine), np.full(len(tiles), len(every))
-        queries = Axis(self.sizes.max_len, tiles.block, first=tiles.first)
-        parts = []
-        for number, level in enumerate(hierarchy.levels):
-            places = level.stop - 1 if self.spec.merge == "gate" else level.start
-            keys = Axis(self.sizes.max_len, block, gathered=places, skip=places[level.size == 0])
-            visits = visit(hierarchy.visible(number), queries, keys)
-            at = slot[tiles.sequence] * pages + level.first_row // block
-            parts.append((moved(visits, at, until), extents))
-        blocks = tiles.block, block
-        return assemble([parts], (0,) * self.sizes.heads, len(tiles), blocks, len(every), 0)
+        return Extents.of(mine, mine)
 
     def asking(self, start: int, first: Ints) -> Asking:
         """What a sequence's tiles choose by. start: its first new position. first: int64 [tiles], of the tiles."""
@@ -292,7 +313,7 @@ class CachedLevels:
             before = self._choice.get(slot)
             if before is not None and before[0] == alone:
                 return before[1]
-            rows = rows[asking.on(q.device, "query")]
+            rows = rows[asking.on(q.device, "query") if asking.query_run is None else asking.query_run]
         count = hierarchy.levels[0].count if hierarchy.levels else 0
         at = slice(slot * self.plan.rows, slot * self.plan.rows + count)
         bias = None
@@ -343,7 +364,9 @@ class CachedLevels:
                 self._write(number, slot, begin, stop, pooled[0], pooled[1], extras)
                 if number + 1 < len(plan.hierarchy.levels):
                     self._feed(number + 1, slot, begin, pooled[0][0], pooled[1][0], extras)
-        count = min(len(k), size)
+        count = min(len(k), first + len(k) - stop * step)  # those of summaries that are not whole yet
+        if count == 0:
+            return
         at = (first + len(k) - count) % size
         places = level.on(k.device, "ring")[at : at + count]
         store_rows([ring[slot] for ring in rings], places, [x[len(x) - count :] for x in (k, v)])
@@ -357,13 +380,13 @@ class CachedLevels:
             keys = extras.rotate(keys, level.on(keys.device, "centre")[begin:stop])
         row = slot * self.plan.rows + level.first_row
         at = slice(row + begin, row + stop)
-        self.k[at], self.v[at] = keys[0].to(self.k.dtype), values[0].to(self.v.dtype)
+        self.k[at], self.v[at] = keys[0], values[0]
         kind = self.plan.spec.summaries[number].bias
         if kind == "learned":
             assert extras.key_bias is not None
-            self.bias[at] = extras.key_bias[number].to(self.bias.dtype)
+            self.bias[at] = extras.key_bias[number]
         elif kind == "count":
-            self.bias[at] = level.on(keys.device, "log_size")[begin:stop, None].to(self.bias.dtype)
+            self.bias[at] = level.on(keys.device, "log_size")[begin:stop, None]
 
     def _tile_queries(self, slot: int, start: int, q: Tensor) -> Tensor:
         """[n, heads, head_dim]: the mean queries of the chunk before that of ``start``, and of those from there on."""
@@ -377,7 +400,8 @@ class CachedLevels:
         found = torch.cat((self._before[slot].unsqueeze(0), means[0]))
         whole = len(rows) // chunk
         self._before[slot] = found[whole]
-        self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
+        if len(rows) > whole * chunk:
+            self._queries[slot, : len(rows) - whole * chunk] = rows[whole * chunk :]
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from distattn import operators
-from distattn.algebra import Pattern
-from distattn.axis import Axis
+from distattn import spans as sp
 from distattn.cached_levels import FEW, Asking, CachedLevels, LevelPlan
 from distattn.errors import ConfigError
 from distattn.exchange import Exchange, gather_rows
@@ -25,35 +24,32 @@ from distattn.kernels.rows import gate, store_rows
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
 from distattn.kernels.uploads import upload
+from distattn.levels import OnDevices, bring
+from distattn.outlook import Outlook
 from distattn.paged import Line, Tiles
-from distattn.patterns import Causal
+from distattn.pages import Written
 from distattn.policies import HeaviestPages, page_logs
-from distattn.presets import dense
-from distattn.routes import Part, Routes
+from distattn.routes import Part, Routes, rows_of
 from distattn.spans import Ints
 from distattn.spec import AttentionSpec
-from distattn.tiles import assemble, visit
+from distattn.tiles import assemble
 
 if TYPE_CHECKING:
     from distattn.cache import Cache
-
-_BLOCK_Q = 128
-RETRIEVED = dense()
-"""Layers of this spec may retrieve pages."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
     """What layers of one spec share in a step.
 
-    plan: of what is visited beside tokens; None if nothing is. choosing: the tiles that choose. asking: these by
+    outlook: that of the spec. choosing: the tiles that choose. asking: these by
     sequence.
     table: of tokens. summaries: of summaries, where these follow from positions alone; else buffers: int32 [tiles that
     choose], the page with which the summaries of their sequence begin. blind: int64, rows of this rank's query tiles
     that attend to tokens alone; None if there is none.
     """
 
-    plan: LevelPlan | None
+    outlook: Outlook
     tiles: Tiles
     routes: Routes
     table: TileTable
@@ -74,27 +70,29 @@ class Step:
         positions: int64 tensor, of these.
     """
 
-    def __init__(self, cache: Cache, counts: Mapping[int, int], start: Ints, stay: tuple[Ints, Ints]) -> None:
+    def __init__(self, cache: Cache, counts: Mapping[int, int], start: Ints, stay: Written) -> None:
         self.cache, self.counts, self.start = cache, dict(counts), start
         self.count = np.fromiter(counts.values(), np.int64)
         self.rows = int(self.count.sum())
         self._stay = stay
-        self._home = np.arange(self.rows) * cache.world_size // self.rows
-        first, stop = np.searchsorted(self._home, [cache.rank, cache.rank + 1])
-        self.mine = int(first), int(stop)
-        at = np.repeat(start - (self.count.cumsum() - self.count), self.count) + np.arange(self.rows)
-        self.positions = torch.from_numpy(at[first:stop])
+        self.mine = rows_of(cache.rank, cache.world_size, self.rows)
         said = repr((list(counts.items()), start.tolist())).encode()
         name = hashlib.blake2b(said, digest_size=4).hexdigest()
         self._exchange = Exchange(cache.group_name, cache.rank, operators.sent, name)
         self._observed: dict[int, tuple[Ints, list[Tensor]]] = {}
         self._chosen: dict[int, tuple[AnyTable | None, AnyTable]] = {}
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
-        self._groups = {spec: self._group(spec) for spec in dict.fromkeys(cache.specs)}
+        few = bool(self.count.max() <= FEW)
+        self._groups = [self._group(outlook) for outlook in cache.outlooks[few]]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        at = sp.concat_ranges(self.start, self.count)
+        return torch.from_numpy(at[slice(*self.mine)])
 
     def home(self, row: int) -> int:
         """The rank that computes a row."""
-        return int(self._home[row])
+        return row * self.cache.world_size // self.rows
 
     def last_rows(self) -> dict[int, int]:
         """By sequence, its last new row."""
@@ -132,7 +130,7 @@ class Step:
         scale = cache.head_dim**-0.5 if scale is None else scale
         spec, extras = cache.specs[layer], extras or AttentionExtras()
         self._check(q, k, v, spec, extras)
-        group = self._groups[spec]
+        group = self._groups[cache.kind_of[layer]]
         plain = k if extras.pool_keys is None else extras.pool_keys
         asks, (slots, kept_k, kept_v), everyone = group.routes.go(q[0], k[0], v[0], plain[0])
         pool_k, pool_v = cache.k[layer], cache.v[layer]
@@ -192,7 +190,7 @@ class Step:
     def _tables_of(self, group: _Group, choice: Tensor) -> tuple[AnyTable | None, AnyTable]:
         """What is visited of summaries, and of tokens, where this was chosen: int32 [tables, tiles, n]. The same in all
         layers that choose it, whose pages lie alike."""
-        plan, tiles = group.plan, group.choosing
+        plan, tiles = group.outlook.plan, group.choosing
         assert plan is not None and tiles is not None
         summaries: AnyTable | None = group.summaries
         if group.buffers is not None:
@@ -203,7 +201,7 @@ class Step:
     def _observe(self, layer: int, group: _Group, q: Tensor, observed: int, scale: float) -> None:
         """Keeps what the scores of this rank's pages sum up to, for the last new rows of each sequence."""
         cache, (first, owner, block) = self.cache, self._line
-        patterns = [causal(pattern) for pattern in cache.specs[layer].tokens.by_head(cache.heads)]
+        patterns = [group.outlook.patterns[number] for number in group.outlook.head_table]
         for number, stop in enumerate(self.count.cumsum().tolist()):
             rows = np.arange(stop - min(int(self.count[number]), observed), stop)
             mine = np.flatnonzero(owner[first[number] : first[number + 1]] == cache.rank)
@@ -303,52 +301,43 @@ class Step:
             self._small[rows] = pages, begin
         return self._small[rows]
 
-    def _group(self, spec: AttentionSpec) -> _Group:
-        cache, few = self.cache, bool(self.count.max() <= FEW)
-        plan, everywhere = cache.level_plans.get(spec), spec in cache.level_plans
-        if spec == RETRIEVED:
-            everywhere = cache.retrieval is not None  # its bounds are made of all keys
-            plan = cache.retrieval if few else None
-        rows, unit = (1 if few else _BLOCK_Q, 1) if plan is None else plan.tile(few, _BLOCK_Q)
-        tiles = Tiles.of(self.start, self.count, rows, unit)
-        tokens = spec.tokens if plan is None else plan.spec.tokens
-        patterns = [causal(pattern) for pattern in tokens.by_head(cache.heads)]
-        distinct = list(dict.fromkeys(patterns))
-        length = int((self.start + self.count).max())
-        axes = Axis(length, tiles.block, first=tiles.first), Axis.grid(length, cache.block_k)
-        visits = [self._line.moved(visit(pattern, *axes), tiles) for pattern in distinct]
-        head_table = tuple(distinct.index(pattern) for pattern in patterns)
-        asked = np.full((len(tiles), cache.world_size), everywhere)
-        if not everywhere:
+    def _group(self, outlook: Outlook) -> _Group:
+        cache, plan, everywhere = self.cache, outlook.plan, outlook.everywhere
+        tiles = outlook.tiles(self.start, self.count)
+        seen = outlook.seen(self.start, self.count, tiles)
+        visits = [self._line.moved(one, tiles) for one in seen.tokens]
+        # One rank has every query, whether it finds a page or not.
+        asked = np.full((len(tiles), cache.world_size), everywhere or cache.world_size == 1)
+        if not asked.all():
             asked |= np.logical_or.reduce([self._line.asked(one, cache.world_size) for one in visits])
-        routes = Routes.of(self._exchange, self._home, self._stay, tiles, asked, everywhere, cache.device)
-        blocks, kept = (tiles.block, cache.block_k), np.flatnonzero(asked[:, cache.rank])
-        extents = self._line.of_rank(cache.rank)
-        parts = [[(one.rows(kept), extents)] for one in visits]
-        table = assemble(parts, head_table, len(kept), blocks, cache.tables.blocks, 0)
+        routes = Routes(self._exchange, self.rows, self._stay, tiles, asked, everywhere, cache.device)
+        mine, extents = asked[:, cache.rank], self._line.of_rank(cache.rank)
+        if not mine.all():
+            visits = [one.rows(np.flatnonzero(mine)) for one in visits]
+        parts, blocks = [[(one, extents)] for one in visits], (tiles.block, cache.block_k)
+        table = assemble(parts, outlook.head_table, int(mine.sum()), blocks, cache.tables.blocks, 0, keep_masks=True)
+        group = _Group(outlook, tiles, routes, table)
         if plan is None:
-            return _Group(None, tiles, routes, table)
-        summaries = None
-        if spec.summaries and (spec.select is None or spec.merge == "gate"):
-            summaries = plan.visited_table(tiles, self._slots)
-        asking: tuple[Asking, ...] = ()
-        choosing = buffers = None
-        if plan.spec.select is not None:
-            choosing = plan.choice_tiles(tiles, self.start + self.count)
-            of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
-            asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
-        if plan.spec.summaries and summaries is None:
-            assert choosing is not None
-            begins = self._slots[choosing.sequence] * plan.hierarchy.ladder.pages
-            (buffers,) = upload([begins.astype(np.int32)], cache.device)
+            return group
+        (summaries,) = [plan.visited_table(one, tiles, self._slots) for one in seen.summaries] or (None,)
         blind = plan.blind(tiles)
-        on_device = upload([blind], cache.device)[0] if len(blind) else None
-        return _Group(plan, tiles, routes, table, choosing, asking, summaries, buffers, on_device)
+        (on_device,) = upload([blind], cache.device) if len(blind) else (None,)
+        group = replace(group, summaries=summaries, blind=on_device)
+        return group if plan.spec.select is None else self._choosing(group, plan)
 
-
-def causal(pattern: Pattern) -> Pattern:
-    """What the pattern allows of the positions up to the query's."""
-    return pattern if isinstance(pattern, Causal) else Causal() & pattern
+    def _choosing(self, group: _Group, plan: LevelPlan) -> _Group:
+        """The group with the tiles that choose, and all that is needed of them on the device."""
+        choosing = plan.choice_tiles(group.tiles, self.start + self.count)
+        of = [choosing.first[choosing.sequence == number] for number in range(len(self.start))]
+        asking = tuple(plan.asking(start, one) for start, one in zip(self.start.tolist(), of, strict=True))
+        wanted: list[tuple[OnDevices, str]] = [(choosing, "sequence"), (choosing, "first")]
+        wanted += [(one, name) for one in asking for name in ("own", "until")]
+        others: list[Ints] = []
+        if plan.spec.summaries and group.summaries is None:
+            wanted.append((choosing, "positions"))
+            others.append(self._slots[choosing.sequence] * plan.hierarchy.ladder.pages)
+        (buffers,) = bring(self.cache.device, wanted, [x.astype(np.int32) for x in others]) or (None,)
+        return replace(group, choosing=choosing, asking=asking, buffers=buffers)
 
 
 def attend_tiles(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +33,19 @@ class OnDevices:
     def on(self, device: torch.device, name: str) -> torch.Tensor:
         """The array that is the attribute ``name``."""
         if (device, name) not in self._copies:
-            (self._copies[device, name],) = upload([np.asarray(getattr(self, name))], device)
+            bring(device, [(self, name)])
         return self._copies[device, name]
+
+
+def bring(
+    device: torch.device, wanted: Sequence[tuple[OnDevices, str]], others: Sequence[NDArray[Any]] = ()
+) -> list[torch.Tensor]:
+    """Copies arrays to a device in one transfer: attributes by name, for :meth:`OnDevices.on`, and others, whose copies
+    it returns."""
+    copies = upload([*(np.asarray(getattr(owner, name)) for owner, name in wanted), *others], device)
+    for (owner, name), copy in zip(wanted, copies, strict=False):
+        owner._copies[device, name] = copy
+    return copies[len(wanted) :]
 
 
 @dataclass(frozen=True, eq=False)

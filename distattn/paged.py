@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +22,14 @@ class Tiles(OnDevices):
     Attributes:
         block: rows of a tile; rows before or behind a sequence's new ones are nobody's.
         sequence: int64 [tiles], which of the step's sequences. first: int64 [tiles], its first row's position.
-        place: int64 [rows], of each new row: ``tile * block + row``.
+        begin, count: int64 [sequences], which of the tiles' rows is the first new one of each, and how many follow.
     """
 
     block: int
     sequence: Ints
     first: Ints
-    place: Ints
+    begin: Ints
+    count: Ints
 
     @staticmethod
     def of(start: Ints, count: Ints, block: int, unit: int = 1) -> Tiles:
@@ -37,8 +39,7 @@ class Tiles(OnDevices):
         number = tiles.cumsum() - tiles
         sequence = np.repeat(np.arange(len(start)), tiles)
         first = begin[sequence] + (np.arange(len(sequence)) - number[sequence]) * block
-        place = sp.concat_ranges(number * block + start - begin, count)
-        return Tiles(block, sequence, first, place)
+        return Tiles(block, sequence, first, number * block + start - begin, count)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -53,7 +54,17 @@ class Tiles(OnDevices):
         pieces = self.block // block
         sequence = np.repeat(self.sequence, pieces)
         first = (self.first[:, None] + np.arange(pieces) * block).ravel()
-        return Tiles(block, sequence, np.minimum(first, last[sequence]), self.place)
+        return Tiles(block, sequence, np.minimum(first, last[sequence]), self.begin, self.count)
+
+    @cached_property
+    def place(self) -> Ints:
+        """int64 [rows], of each new row: ``tile * block + row``."""
+        return sp.concat_ranges(self.begin, self.count)
+
+    @property
+    def are_rows(self) -> bool:
+        """Whether the place of each new row is its number, so that rows as they are make up the tiles."""
+        return bool((self.begin == self.count.cumsum() - self.count).all())
 
     @property
     def positions(self) -> NDArray[np.int32]:
@@ -101,6 +112,8 @@ class Line(NamedTuple):
 
 def moved(visits: Visits, by: Ints, until: Ints) -> Visits:
     """Page p of tile t as page ``by[t] + p``; those from ``until[t]`` on are left out. by, until: int64 [tiles]."""
+    if not by.any() and visits.end <= until.min(initial=visits.end):
+        return visits
     row = visits.full.row_of()
     start, stop = visits.full.start + by[row], np.minimum(visits.full.stop + by[row], until[row])
     page = visits.page + by[visits.row]

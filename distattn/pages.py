@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +24,57 @@ from distattn.spans import Bools, Ints
 Int32 = NDArray[np.int32]
 
 
-class Written(NamedTuple):
-    """Where rows go that were appended, in the order of the sequences and of their positions.
+class Stretch(NamedTuple):
+    """Rows that were appended to one sequence.
 
-    owner: int64 [n], a rank each. slot: int64 [n], rows of that rank's tensors.
-    copies: (rank, block, new block): what must be copied first, since another sequence still reads the old block.
+    owner, block: int64 [pages], of the pages that they are in. before: rows of the first page that were there already.
+    size: how many.
     """
 
     owner: Ints
-    slot: Ints
+    block: Ints
+    before: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Where rows go that were appended, in the order of the sequences and of their positions.
+
+    rows: of a page. parts: by sequence.
+    copies: (rank, block, new block): what must be copied first, since another sequence still reads the old block.
+    """
+
+    rows: int
+    parts: tuple[Stretch, ...]
     copies: tuple[tuple[int, int, int], ...]
+
+    @cached_property
+    def owner(self) -> Ints:
+        """int64 [n], a rank each."""
+        return self._of_rows([part.owner[:, None] + np.zeros(self.rows, np.int64) for part in self.parts])
+
+    @cached_property
+    def slot(self) -> Ints:
+        """int64 [n], rows of that rank's tensors."""
+        return self._of_rows([part.block[:, None] * self.rows + np.arange(self.rows) for part in self.parts])
+
+    @property
+    def run(self) -> slice | None:
+        """The rows of a rank's tensors as a slice, where there is one sequence and they follow one another there."""
+        if len(self.parts) != 1 or not self.parts[0].size:
+            return None
+        owner, block, before, size = self.parts[0]
+        if (owner != owner[0]).any() or (block - block[0] != np.arange(len(block))).any():
+            return None
+        first = int(block[0]) * self.rows + before
+        return slice(first, first + size)
+
+    def _of_rows(self, pages: list[Ints]) -> Ints:
+        """What the rows of pages have, [pages, rows] by sequence, as that of the rows that were appended."""
+        ends = [(part.before, part.before + part.size) for part in self.parts]
+        rows = [x.ravel()[first:stop] for x, (first, stop) in zip(pages, ends, strict=True)]
+        return np.concatenate([np.zeros(0, np.int64), *rows])
 
 
 class _Sequence:
@@ -145,8 +188,7 @@ class PageTables:
             if (copy := self._own_last(self._of(sequence), count)) is not None:
                 copies.append(copy)
         parts = [self._extend(self._of(sequence), count) for sequence, count in counts.items()]
-        owner, slot = (np.concatenate([part[i] for part in parts] or [np.zeros(0, np.int64)]) for i in (0, 1))
-        return Written(owner, slot, tuple(copies))
+        return Written(self.rows, tuple(parts), tuple(copies))
 
     def _wanted(self, counts: Mapping[int, int]) -> tuple[Ints, int]:
         """(blocks to copy on each rank, new blocks anywhere)."""
@@ -175,18 +217,18 @@ class PageTables:
         found.block[-1] = new
         return rank, block, new
 
-    def _extend(self, found: _Sequence, count: int) -> tuple[Ints, Ints]:
-        stop = found.length + count
+    def _extend(self, found: _Sequence, count: int) -> Stretch:
+        first, stop = found.length, found.length + count
         new = -(-stop // self.rows) - len(found.owner)
         owner, block = self._next_owners(new), np.zeros(new, np.int32)
-        for rank, count in enumerate(np.bincount(owner).tolist()):
-            if count:
-                block[owner == rank] = self._take(rank, count)
+        for rank, taken in enumerate(np.bincount(owner).tolist()):
+            if taken:
+                block[owner == rank] = self._take(rank, taken)
         found.owner, found.block = np.append(found.owner, owner), np.append(found.block, block)
-        at = np.arange(found.length, stop)
         found.length = stop
-        page = at // self.rows
-        return found.owner[page].astype(np.int64), found.block[page].astype(np.int64) * self.rows + at % self.rows
+        pages = slice(first // self.rows, -(-stop // self.rows) if count else first // self.rows)
+        owners, blocks = (x[pages].astype(np.int64) for x in (found.owner, found.block))
+        return Stretch(owners, blocks, first % self.rows, count)
 
     def _next_owners(self, count: int) -> Int32:
         """int32 [count]: each time the rank with the most free blocks, the lowest of equals."""

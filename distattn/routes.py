@@ -14,10 +14,16 @@ from distattn.exchange import Exchange
 from distattn.kernels.rows import merge_all
 from distattn.kernels.uploads import upload
 from distattn.paged import Tiles
+from distattn.pages import Written
 from distattn.spans import Bools, Ints
 
 Part = tuple[Tensor, Tensor]
 """Attention over some of the keys: out [rows, heads, value_dim] and lse [rows, heads]."""
+
+
+def rows_of(rank: int, ranks: int, rows: int) -> tuple[int, int]:
+    """(first, stop): which of the new rows a rank computes."""
+    return -(-rank * rows // ranks), -(-(rank + 1) * rows // ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,44 +31,41 @@ class Routes:
     """Which rows go where; the same arrays on all ranks.
 
     Attributes:
-        home: int64 [rows], ascending: the rank that computes each new row.
-        owner, slot: int64 [rows]: where its key and value stay.
-        asked: bool [rows, ranks]: which ranks a query visits.
-        place: int64 [rows]: of each row among the query tiles of this rank; of rows that visit this rank.
-        places: rows of all of these tiles.
+        rows: new ones. Each rank computes as many, to within one, in their order.
+        stay: where their keys and values stay.
+        tiles: of the rows. wanted: bool [tiles, ranks], which ranks a tile visits; all of them, if there is one rank.
         everywhere: whether what summaries are made of, and every query, goes to all ranks.
     """
 
     exchange: Exchange
-    rank: int
-    home: Ints
-    owner: Ints
-    slot: Ints
-    asked: Bools
-    place: Ints
-    places: int
+    rows: int
+    stay: Written
+    tiles: Tiles
+    wanted: Bools
     everywhere: bool
     device: torch.device
     _there: dict[tuple[str, int], slice | Tensor] = field(default_factory=dict)
     _how_many: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
-    @staticmethod
-    def of(
-        exchange: Exchange,
-        home: Ints,
-        stay: tuple[Ints, Ints],
-        tiles: Tiles,
-        wanted: Bools,
-        everywhere: bool,
-        device: torch.device,
-    ) -> Routes:
-        """wanted: bool [tiles, ranks]. Tiles that this rank has nothing for are left out of ``place``."""
-        rank = exchange.rank
-        number = np.cumsum(wanted[:, rank]) - 1
-        tile = tiles.place // tiles.block
-        place = number[tile] * tiles.block + tiles.place % tiles.block
-        places = int(wanted[:, rank].sum()) * tiles.block
-        return Routes(exchange, rank, home, *stay, wanted[tile], place, places, everywhere, device)
+    @property
+    def rank(self) -> int:
+        return self.exchange.rank
+
+    @cached_property
+    def asked(self) -> Bools:
+        """bool [rows, ranks]: which ranks a query visits."""
+        return self.wanted[self.tiles.place // self.tiles.block]
+
+    @cached_property
+    def place(self) -> Ints:
+        """int64 [rows]: of each row among the query tiles of this rank; of rows that visit this rank."""
+        number, block = np.cumsum(self.wanted[:, self.rank]) - 1, self.tiles.block
+        return number[self.tiles.place // block] * block + self.tiles.place % block
+
+    @cached_property
+    def places(self) -> int:
+        """Rows of all query tiles of this rank. Tiles that it has nothing for are left out."""
+        return int(self.wanted[:, self.rank].sum()) * self.tiles.block
 
     @cached_property
     def stays_here(self) -> bool:
@@ -70,12 +73,12 @@ class Routes:
 
         The last tile may be short; but not where smaller tiles choose, of which some would be behind all rows.
         """
-        whole = self.places == len(self.place) or not self.everywhere
-        return self.exchange.world_size == 1 and whole and np.array_equal(self.place, np.arange(len(self.place)))
+        whole = self.places == self.rows or not self.everywhere
+        return self.exchange.world_size == 1 and whole and self.tiles.are_rows
 
     def go(
         self, q: Tensor, k: Tensor, v: Tensor, plain: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, tuple[Tensor | slice, Tensor, Tensor], tuple[Tensor, ...] | None]:
         """Sends this rank's rows out, and receives what is meant for this rank.
 
         Args:
@@ -86,11 +89,14 @@ class Routes:
             the query tiles [places, heads, head_dim]; (slots of n rows, k, v) that stay here; and with ``everywhere``
             queries and what is pooled of all rows, (q [rows, ..], plain, v).
         """
-        if self.stays_here:
-            return q, (self._slots, k, v), None if plain is None or not self.everywhere else (q, plain, v)
-        rows, width = len(self.home), (q.shape[1:], k.shape[1:], v.shape[1:])
-        sizes = [int(np.prod(shape)) for shape in width]
         pooled: tuple[Tensor, ...] | None = None
+        if self.stays_here:
+            if self.everywhere:
+                assert plain is not None
+                pooled = q, plain, v
+            return q, (self.stay.run or self._slots, k, v), pooled
+        rows, width = self.rows, (q.shape[1:], k.shape[1:], v.shape[1:])
+        sizes = [int(np.prod(shape)) for shape in width]
         if self.everywhere:
             assert plain is not None
             pooled = tuple(q.new_empty((rows, *shape)) for shape in width)
@@ -179,14 +185,13 @@ class Routes:
         """Rows that go from one rank to another: queries, keys, values, and what is pooled."""
         if (source, target) not in self._how_many:
             first, stop = self._rows_of(source)
-            stays = int((self.owner[first:stop] == target).sum())
+            stays = int((self.stay.owner[first:stop] == target).sum())
             counts = [int(self.asked[first:stop, target].sum()), stays, stays]
             self._how_many[source, target] = [*counts, *[stop - first] * 2] if self.everywhere else counts
         return self._how_many[source, target]
 
     def _rows_of(self, rank: int) -> tuple[int, int]:
-        first, stop = np.searchsorted(self.home, [rank, rank + 1])
-        return int(first), int(stop)
+        return rows_of(rank, self.exchange.world_size, self.rows)
 
     def _at(self, what: str, peer: int) -> slice | Tensor:
         """Rows, as a slice where they follow each other. Of what a peer sends here: "place" of its queries; of what
@@ -197,7 +202,7 @@ class Routes:
             if what == "query":
                 found = np.flatnonzero(self.asked[part, peer])
             elif what == "stays":
-                found = np.flatnonzero(self.owner[part] == peer)
+                found = np.flatnonzero(self.stay.owner[part] == peer)
             else:
                 found = self.place[part][self.asked[part, self.rank]]
             first = int(found[0]) if len(found) else 0
@@ -208,4 +213,4 @@ class Routes:
     @cached_property
     def _slots(self) -> Tensor:
         """int64: where the keys stay that come to this rank, in the order in which they come."""
-        return upload([self.slot[self.owner == self.rank]], self.device)[0]
+        return upload([self.stay.slot[self.stay.owner == self.rank]], self.device)[0]

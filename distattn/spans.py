@@ -35,7 +35,7 @@ class Spans(NamedTuple):
 
     def row_of(self) -> Ints:
         """The row of every interval, int64 [n]."""
-        return np.repeat(np.arange(self.rows, dtype=np.int64), np.diff(self.ptr))
+        return np.repeat(np.arange(self.rows, dtype=np.int64), self.ptr[1:] - self.ptr[:-1])
 
 
 def renumber(x: Ints) -> tuple[Ints, Ints]:

@@ -8,7 +8,7 @@ the pattern gives the same label.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,28 @@ class Visits:
         kept = row >= 0
         full = Spans(ptr, self.full.start[at], self.full.stop[at])
         return Visits(full, row[kept], self.page[kept], self.mask[kept], self.masks)
+
+    def run(self, first: int, stop: int) -> Visits:
+        """The visits of the query tiles ``first .. stop - 1``, renumbered from 0."""
+        ptr = self.full.ptr[first : stop + 1]
+        full = Spans(ptr - ptr[0], self.full.start[ptr[0] : ptr[-1]], self.full.stop[ptr[0] : ptr[-1]])
+        part = slice(*np.searchsorted(self.row, [first, stop]))
+        return Visits(full, self.row[part] - first, self.page[part], self.mask[part], self.masks)
+
+    def shifted(self, pages: int) -> Visits:
+        """Visits of pages that lie so many further on."""
+        full = Spans(self.full.ptr, self.full.start + pages, self.full.stop + pages)
+        return replace(self, full=full, page=self.page + pages)
+
+    @property
+    def end(self) -> int:
+        """One more than the last page that is visited, or 0."""
+        return max(int(self.full.stop.max(initial=0)), int(self.page.max(initial=-1)) + 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Without masks."""
+        return sum(x.nbytes for x in (*self.full, self.row, self.page, self.mask))
 
     @property
     def tiles(self) -> Ints:
@@ -117,6 +139,27 @@ def visit(pattern: Pattern, queries: Axis, keys: Axis) -> Visits:
         row, page, mask = row[kept], page[kept], mask[kept]
         masks, mask = masks.named(mask)
     return Visits(full, row, page, mask, masks)
+
+
+def sharing_masks(parts: Sequence[Visits]) -> list[Visits]:
+    """The same visits, all with the masks of all, each of which is there once. One part at least."""
+    if len(parts) == 1:
+        return [*parts]
+    every, kind = Masks.joined([part.masks for part in parts]).distinct()
+    first = np.cumsum([0, *(len(part.masks) for part in parts)]).tolist()
+    return [replace(part, mask=kind[part.mask + at], masks=every) for part, at in zip(parts, first, strict=False)]
+
+
+def joined(parts: Sequence[Visits]) -> Visits:
+    """Visits of different pages by the same query tiles as one. One part at least."""
+    if len(parts) == 1:
+        return parts[0]
+    shared, full = sharing_masks(parts), parts[0].full
+    for part in parts[1:]:
+        full = sp.union(full, part.full)
+    row, page, mask = (np.concatenate([getattr(part, name) for part in shared]) for name in ("row", "page", "mask"))
+    order = np.argsort(row * (int(page.max(initial=0)) + 1) + page, kind="stable")
+    return Visits(full, row[order], page[order], mask[order], shared[0].masks)
 
 
 def _skips(axis: Axis) -> NDArray[np.bool_] | np.bool_:
@@ -194,6 +237,9 @@ class Extents:
     def place(self, visits: Visits) -> tuple[tuple[Ints, Ints, Ints], tuple[Ints, Ints, Ints]]:
         """Visits in arena pages: runs (row, first, count) and partial tiles (row, page, mask); others are dropped."""
         full, row = visits.full, visits.full.row_of()
+        if len(self.start) == 1 and self.start[0] == 0 and visits.end <= self.stop[0]:  # all that is visited is here
+            runs = row, full.start + self.to[0], full.stop - full.start
+            return runs, (visits.row, visits.page + self.to[0], visits.mask)
         first = np.searchsorted(self.stop, full.start, side="right")
         count = np.maximum(np.searchsorted(self.start, full.stop, side="left") - first, 0)
         run, extent = np.repeat(np.arange(len(row)), count), sp.concat_ranges(first, count)
@@ -215,20 +261,25 @@ def assemble(
     blocks: tuple[int, int],
     own_pages: int,
     guest_pages: int,
+    keep_masks: bool = False,
 ) -> TileTable:
-    """One tile table of several: for each table, visits and where their pages lie in the arena."""
+    """One tile table of several: for each table, visits and where their pages lie in the arena.
+
+    keep_masks: the visits all have the same masks, and so has the table, which may not need some; what is made of them
+    on devices then serves other tables of them as well.
+    """
     runs: list[tuple[Ints, Ints, Ints]] = []
     partial: list[tuple[Ints, Ints, Ints]] = []
     masks: list[Masks] = []
     offset: dict[int, int] = {}
     for index, table in enumerate(parts):
         for visits, extents in table:
-            if id(visits) not in offset:
-                offset[id(visits)] = sum(map(len, masks))
+            if id(visits.masks) not in offset:
+                offset[id(visits.masks)] = sum(map(len, masks))
                 masks.append(visits.masks)
             (row, first, count), (part_row, page, mask) = extents.place(visits)
             runs.append((row + index * tiles, first, count))
-            partial.append((part_row + index * tiles, page, mask + offset[id(visits)]))
+            partial.append((part_row + index * tiles, page, mask + offset[id(visits.masks)]))
     rows = len(parts) * tiles
     full_ptr, full_first, full_count = _by_row(runs, rows)
     part_ptr, part_page, part_mask = _by_row(partial, rows)
@@ -236,7 +287,8 @@ def assemble(
     if len(masks) != 1:
         every, kind = every.distinct()
         part_mask = kind[part_mask]
-    every, part_mask = every.named(part_mask)
+    if not keep_masks:
+        every, part_mask = every.named(part_mask)
     return TileTable(
         block_q=blocks[0],
         block_k=blocks[1],
@@ -258,9 +310,9 @@ def _by_row(parts: list[tuple[Ints, Ints, Ints]], rows: int) -> tuple[Ints, Ints
     """(ptr, a, b) of entries (row, a, b), ordered by row and then by a."""
     if not parts:
         return np.zeros(rows + 1, np.int64), _NONE, _NONE
-    row, a, b = (np.concatenate(x) for x in zip(*parts, strict=True))
+    row, a, b = parts[0] if len(parts) == 1 else (np.concatenate(x) for x in zip(*parts, strict=True))
     key = row * (int(a.max(initial=0)) + 1) + a
-    if (np.diff(key) < 0).any():
+    if (key[1:] < key[:-1]).any():
         order = np.argsort(key, kind="stable")
         row, a, b = row[order], a[order], b[order]
     ptr = np.zeros(rows + 1, np.int64)

@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 
 from distattn.kernels import attention_torch
-from distattn.kernels.launching import Recording, kinds
+from distattn.kernels.launching import Launches, Recording, kinds
 from distattn.kernels.rows import copy_tiles
 from distattn.kernels.selected import AnyTable, SelectedTable
 from distattn.kernels.table import TileTable
+from distattn.kernels.work import Work, query_work
+
+_FORWARD = Launches()
 
 
 class Pages(NamedTuple):
@@ -106,22 +109,28 @@ def attention_forward(
         attention_torch.forward(q, own, guests, _on_host(table), out, lse, scale, before, bias)
         return
     rows = given if kernel == "hopper" else (*map(_with_dense_rows, given[:5]), *given[5:])
-    recording = Recording(rows, again=isinstance(table, TileTable))  # what is selected is selected anew for each call
-    if kernel == "hopper" and isinstance(table, SelectedTable):
-        from distattn.kernels import attention_hopper_selected
 
-        attention_hopper_selected.forward(recording, table, scale, resume, bias is not None)
-    elif kernel == "hopper":
-        from distattn.kernels import attention_hopper
+    def record(recording: Recording) -> None:
+        if kernel == "hopper" and isinstance(table, SelectedTable):
+            from distattn.kernels import attention_hopper_selected
 
-        assert isinstance(table, TileTable)
-        attention_hopper.forward(recording, table, scale, resume)
-    else:
-        from distattn.kernels import attention_triton
+            attention_hopper_selected.forward(recording, table, scale, resume, bias is not None)
+        elif kernel == "hopper":
+            from distattn.kernels import attention_hopper
 
-        attention_triton.forward(recording, table, scale, resume, bias is not None)
-    if recording.ends(given):
-        table.recordings[key] = recording
+            assert isinstance(table, TileTable)
+            attention_hopper.forward(recording, table, scale, resume)
+        else:
+            from distattn.kernels import attention_triton
+
+            attention_triton.forward(recording, table, scale, resume, bias is not None)
+
+    # Slices of a prompt have tables of their own, and so has each choice, which differ in little but what they name.
+    work = _query_work(table, q.device)
+    numbers = kernel, scale, resume, bias is not None, table.numbers, work.numbers
+    launched = _FORWARD.run(rows, numbers, record, work.tensors)
+    if launched is not None and all(x is y for x, y in zip(rows, given, strict=True)):
+        table.recordings[key] = launched
 
 
 def attention_backward(
@@ -198,10 +207,13 @@ def attention_backward(
 def prepare(q: Tensor, table: AnyTable) -> None:
     """Makes ahead what kernels need to know of a table that was selected on a GPU, which takes many small launches."""
     if q.is_cuda and q.dtype != torch.float64:
-        from distattn.kernels.attention_triton import programs_at_once
-        from distattn.kernels.work import query_work
+        _query_work(table, q.device)
 
-        query_work(table, q.device, programs_at_once(q.device))
+
+def _query_work(table: AnyTable, device: torch.device) -> Work:
+    from distattn.kernels.attention_triton import programs_at_once
+
+    return query_work(table, device, programs_at_once(device))
 
 
 def _on_host(table: AnyTable) -> TileTable:

@@ -50,18 +50,18 @@ def chosen_pages(chosen: Tensor, sequence: Tensor, last: Tensor, where: Where) -
     pages = torch.empty((tables, tiles, n * where.pieces), dtype=torch.int32, device=chosen.device)
     masks = torch.empty((*pages.shape, 1, words), dtype=torch.int32, device=chosen.device)
     if pages.numel():
-        given = chosen.contiguous(), sequence, last, where.page, where.first, where.bits, pages, masks
-        _LAUNCHES.run(given, where[3:], partial(_record, where.pieces, where.rows))
+        given = chosen.contiguous(), sequence, last, where.first, where.bits, pages, masks
+        _LAUNCHES.run(given, where[3:], partial(_record, where), (where.page,))  # of which there are ever more
     return pages, masks
 
 
-def _record(pieces: int, rows: int, recording: Recording) -> None:
-    chosen, sequence, last, page, first, bits, pages, masks = recording.parts
+def _record(where: Where, recording: Recording) -> None:
+    chosen, sequence, last, first, bits, pages, masks = recording.parts
     tables, tiles, n = chosen.now.shape
     words = bits.now.shape[1]
-    block = min(256, triton.next_power_of_2(n * pieces))
+    block = min(256, triton.next_power_of_2(n * where.pieces))
     recording.launch(
-        _chosen_pages, (triton.cdiv(n * pieces, block), tiles, tables), chosen, sequence, last, page, first, bits,
-        pages, masks, n,
-        PIECES=pieces, ROWS=rows, WORDS=words, WORDS_2=triton.next_power_of_2(words), BLOCK=block, num_warps=2,
+        _chosen_pages, (triton.cdiv(n * where.pieces, block), tiles, tables), chosen, sequence, last, where.page, first,
+        bits, pages, masks, n, PIECES=where.pieces, ROWS=where.rows, WORDS=words,
+        WORDS_2=triton.next_power_of_2(words), BLOCK=block, num_warps=2,
     )  # fmt: skip

@@ -281,7 +281,7 @@ def split(table: AnyTable, kv_heads: int, device: torch.device, at_once: int) ->
         programs, places, numbers = _programs(units, table.tiles, (table.part_pages, table.full_pages), first, at_once)
         run_page = concat_ranges(table.full_first.astype(np.int64), table.full_count.astype(np.int64))
         arrays = upload([_padded(x) for x in (programs, places, run_page, table.part_page, table.part_mask)], device)
-        words = table.masks.words(device) if len(table.masks) else arrays[0]  # any will do where none is read
+        words = table.masks.words_and_none(device)
         table.cache[name] = Split(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], words, *numbers)
     found: Split = table.cache[name]
     return found

@@ -7,7 +7,8 @@ their compiled kernels, and are replayed with the addresses of other tensors.
 
 It is exact. What Triton compiles a kernel for (dtypes, constants, which numbers are 1, what 16 divides) depends on
 numbers that the host makes of shapes and strides, and on tensors; a recording is kept under a key that holds all
-:func:`kinds` of tensors and all other numbers that its launches are made from, and belongs to the one table.
+:func:`kinds` of tensors and all other numbers that its launches are made from. It belongs to the one table, unless it
+is given what was made of the table as well, and the key holds what launches take of it.
 """
 
 from __future__ import annotations
@@ -82,11 +83,14 @@ def strides_of(*given: Given) -> list[int]:
 class Recording:
     """Launches one after the other: those of the call that is recorded, and then, :meth:`replay`, those of others.
 
-    given: the tensors of the call that is recorded. again: whether others may follow; else it only launches.
+    given: the tensors of the call that is recorded. again: whether others may follow; else it only launches. also: more
+    tensors of the call, which launches take as they are: of these, nothing but where they begin may matter.
     """
 
-    def __init__(self, given: Sequence[Tensor], again: bool = True) -> None:
+    def __init__(self, given: Sequence[Tensor], again: bool = True, also: Sequence[Tensor] = ()) -> None:
         self.given = [Given(number, x) for number, x in enumerate(given)]
+        self._also = [Part(len(given) + number, 0, x) for number, x in enumerate(also)]
+        self._count = len(given) + len(also)
         self._temporary: list[tuple[int, ...]] = []
         self._launches: list[_Launch] | None = [] if again else None
 
@@ -101,7 +105,7 @@ class Recording:
         if not prod(shape):
             return made
         self._temporary.append(shape)
-        return Part(len(self.given) + len(self._temporary) - 1, 0, made)
+        return Part(self._count + len(self._temporary) - 1, 0, made)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Launches ``kernel[grid](*arguments, **constants)``.
@@ -109,6 +113,7 @@ class Recording:
         arguments: a Part, or what is the same in each call; a tensor among these is kept. constants: all other
         parameters of the kernel, and options of Triton's.
         """
+        arguments = tuple(next((part for part in self._also if part.now is x), x) for x in arguments)
         compiled = kernel[grid](*(x.now if isinstance(x, Part) else x for x in arguments), **constants)
         if self._launches is not None and hasattr(compiled, "packed_metadata"):
             self._launches.append(_Launch.of(compiled, grid, [*arguments], kernel.arg_names, constants))
@@ -120,16 +125,27 @@ class Recording:
         ``given``: what was launched were compiled kernels, and with these tensors and not with copies.
         """
         same = all(x is y.tensor for x, y in zip(given, self.given, strict=True))
-        self.given = []
+        self.given, self._also = [], []
         return same and self._launches is not None
 
     def replay(self, given: Sequence[Tensor]) -> None:
-        """The same launches with tensors of the same kinds."""
+        """The same launches with tensors of the same kinds: those that are given, and then the others."""
         assert self._launches is not None
         temporary = [given[0].new_empty(shape, dtype=torch.float32) for shape in self._temporary]
         addresses = [x.data_ptr() for x in (*given, *temporary)]
         for launch in self._launches:
             launch.run(*launch.values_at(addresses))
+
+
+class Bound(NamedTuple):
+    """A recording, and the ``also`` of the calls for which it is replayed."""
+
+    recording: Recording
+    also: tuple[Tensor, ...]
+
+    def replay(self, given: Sequence[Tensor]) -> None:
+        """The same launches with tensors of the same kinds."""
+        self.recording.replay((*given, *self.also))
 
 
 class Launches:
@@ -139,18 +155,32 @@ class Launches:
         self._most = most
         self._kept: dict[Hashable, Recording] = {}
 
-    def run(self, given: Sequence[Tensor], numbers: Hashable, record: Callable[[Recording], None]) -> None:
-        """Launches with the tensors ``given`` what ``record`` does, which depends on their kinds and on ``numbers``."""
-        key = numbers, kinds(given)
+    def run(
+        self,
+        given: Sequence[Tensor],
+        numbers: Hashable,
+        record: Callable[[Recording], None],
+        also: tuple[Tensor, ...] = (),
+    ) -> Bound | None:
+        """Launches with the tensors ``given`` what ``record`` does, which depends on their kinds and on ``numbers``.
+
+        also: see :class:`Recording`; which of them are one tensor, ``numbers`` must tell, too.
+
+        Returns:
+            what can be replayed with other tensors; None if it cannot.
+        """
+        key = numbers, kinds(given), tuple((x.dtype, x.data_ptr() % 16) for x in also)
         if recorded := self._kept.get(key):
-            recorded.replay(given)
-            return
-        recording = Recording(given)
+            recorded.replay((*given, *also))
+            return Bound(recorded, also)
+        recording = Recording(given, also=also)
         record(recording)
-        if recording.ends(given):
-            for old in [*self._kept][: max(len(self._kept) - self._most + 1, 0)]:
-                self._kept.pop(old, None)
-            self._kept[key] = recording
+        if not recording.ends(given):
+            return None
+        for old in [*self._kept][: max(len(self._kept) - self._most + 1, 0)]:
+            self._kept.pop(old, None)
+        self._kept[key] = recording
+        return Bound(recording, also)
 
 
 class _Launch(NamedTuple):

@@ -85,6 +85,17 @@ class Masks:
         bits = np.unpackbits(self.data.view(np.uint8), axis=-1, bitorder="little", count=self.columns)
         return torch.from_numpy(bits.view(np.bool_))
 
+    @cached_property
+    def _words(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def words_and_none(self, device: torch.device) -> Tensor:
+        """As :meth:`words`, [n + 1, ..]: behind them one that allows nothing. Kept."""
+        if device not in self._words:
+            words = self.words(device)
+            self._words[device] = torch.cat((words, words.new_zeros(1, *words.shape[1:])))
+        return self._words[device]
+
     def words(self, device: torch.device) -> Tensor:
         """int32 [n, rows, ceil(columns / 32)] on a device: column c is bit c % 32 of word c // 32."""
         if not self.are_intervals:

@@ -146,12 +146,13 @@ def add_rows(x: Tensor, places: Places, values: Tensor) -> None:
     _each_run(x, places, values, lambda old, new: old.add_(new))
 
 
-def store_rows(targets: Sequence[Tensor], at: Tensor, rows: Sequence[Tensor]) -> None:
+def store_rows(targets: Sequence[Tensor], at: Tensor | slice, rows: Sequence[Tensor]) -> None:
     """Writes rows to places of two tensors, in their dtypes: ``target[at] = rows``.
 
-    targets: two contiguous [places, heads, dim]. at: int64 [n], none twice. rows: [n, heads, dim] for each.
+    targets: two contiguous [places, heads, dim]. at: int64 [n], none twice, or a slice of n places. rows: [n, heads,
+    dim] for each.
     """
-    if at.is_cuda:
+    if isinstance(at, Tensor) and at.is_cuda:
         from distattn.kernels import rows_triton
 
         rows_triton.store_rows(targets, at, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from distattn.kernels.rows import Places
 from distattn.kernels.walk_triton import UNIT_SIZE
 from distattn.kernels.work import query_units
 
-_STORES = Launches()
+_STORES, _MEANS = Launches(), Launches()
 _PACK, _UNPACK, _ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -372,13 +373,22 @@ def chunk_means(x: Tensor, chunk: int, left_out: Tensor | None) -> tuple[Tensor,
     means = x.new_zeros((batch, chunks, heads, dim), dtype=torch.float32)
     counts = x.new_zeros(chunks, dtype=torch.float32)
     if means.numel():
-        dim_2 = triton.next_power_of_2(dim)
-        _chunk_means[(chunks * heads, batch)](
-            x, x if left_out is None else left_out.to(torch.int8), means, counts, rows, chunk, *x.stride(), HEADS=heads,
-            DIM=dim, DIM_2=dim_2, SOME_LEFT_OUT=left_out is not None, ROWS=min(64, max(1, 4096 // dim_2)),
-            num_warps=2,  # 3.0 ms for 8.6 GB where four took 5.2
-        )  # fmt: skip
+        some = x if left_out is None else left_out.view(torch.int8)
+        numbers = chunk, left_out is not None
+        _MEANS.run((x, some, means, counts), numbers, partial(_record_means, *numbers))
     return means, counts
+
+
+def _record_means(chunk: int, some_left_out: bool, recording: Recording) -> None:
+    x, left_out, means, counts = recording.parts
+    batch, rows, heads, dim = x.now.shape
+    dim_2 = triton.next_power_of_2(dim)
+    recording.launch(
+        _chunk_means, (triton.cdiv(rows, chunk) * heads, batch),
+        x, left_out, means, counts, rows, chunk, *x.now.stride(), HEADS=heads, DIM=dim, DIM_2=dim_2,
+        SOME_LEFT_OUT=some_left_out, ROWS=min(64, max(1, 4096 // dim_2)),
+        num_warps=2,  # 3.0 ms for 8.6 GB where four took 5.2
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "chunks"])

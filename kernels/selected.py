@@ -7,7 +7,7 @@ shapes. Items of work are made as in work.py, with PyTorch operations on the dev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -99,11 +99,13 @@ class SelectedTable(Tiling):
         """Items of query tiles, for a chip that runs so many programs at once."""
         rows, number = self.tables * self.tiles, self.selected.shape[2]
         chosen = self.selected.reshape(rows, number)
-        page, place = torch.where(chosen < 0, self.pages, chosen).sort(dim=1)
-        row = torch.arange(rows, device=chosen.device)
-        entry = (row[:, None] * number + place).int().flatten()
-        count = (chosen >= 0).sum(dim=1)
-        return self._work(count, row * number, page.flatten(), entry, self.tiles, number, programs, 1)
+        nothing, first = chosen < 0, torch.arange(0, rows * number, max(number, 1), device=chosen.device)
+        # Sorted and added up to where two more entries follow.
+        page, entry = (chosen.new_zeros(rows * number + 2) for _ in range(2))
+        place = torch.empty_like(chosen, dtype=torch.int64)
+        torch.sort(torch.where(nothing, self.pages, chosen), dim=1, out=(page[:-2].view(rows, number), place))
+        torch.add(first[:, None], place, out=entry[:-2].view(rows, number))
+        return self._work(number - nothing.sum(dim=1), first, page, entry, self.tiles, number, programs, 1)
 
     def key_work(self, programs: int, share: int) -> work.Work:
         """Items of key pages, each for ``share`` query heads."""
@@ -114,8 +116,8 @@ class SelectedTable(Tiling):
         owner, order = torch.where(chosen < 0, self.tables * self.pages, owner).sort(stable=True)
         edges = torch.arange(self.tables * self.pages + 1, device=chosen.device, dtype=torch.int32)
         first = torch.searchsorted(owner, edges)
-        tile = (entry // number % self.tiles)[order]
-        return self._work(first.diff(), first[:-1], tile, order.int(), self.pages, self.tiles, programs, share)
+        tile, entry = (_longer(x, 2) for x in ((entry // number % self.tiles)[order], order))
+        return self._work(first.diff(), first[:-1], tile, entry, self.pages, self.tiles, programs, share)
 
     def _work(
         self,
@@ -131,14 +133,16 @@ class SelectedTable(Tiling):
         """As work.make_items.
 
         Row r visits ``other[first[r] + i]`` for i < count[r], which is ``most`` at most, each with mask
-        ``entry[first[r] + i]``. Every table has as many entries.
+        ``entry[first[r] + i]``; both int32, with two entries more. Every table has as many entries.
         """
-        device, rows, entries = count.device, len(count), len(other) // self.tables
+        device, rows, entries = count.device, len(count), (len(other) - 2) // self.tables
         # Each cut leaves a partial result of all heads: not more of them than programs.
-        longest = max(work.longest_piece(entries * len(self.head_table) / programs / share), len(other) // programs, 1)
+        even = entries * len(self.head_table) / programs / share
+        longest = max(work.longest_piece(even), entries * self.tables // programs, 1)
         # Of a table: ceil(count / longest) summed up is no more than its rows and this.
         cuts = entries // longest if most > longest else 0
-        tables = torch.arange(self.tables + 1, device=device)
+        last, edges = _places(self.tables, rows_of_table, most, device)
+        nothing = other.new_zeros(self.tables + 2)  # serves wherever there is nothing
         if cuts:
             pieces = (count + longest - 1) // longest
             stop = pieces.cumsum(0)
@@ -154,40 +158,33 @@ class SelectedTable(Tiling):
             is_cut = pieces > 1
             cut_rows = (~is_cut).to(torch.int8).sort(stable=True)[1][: self.tables * cuts]
             first_slot = torch.where(is_cut, pieces, 0).cumsum(0) - pieces
-            split = torch.stack((cut_rows, first_slot[cut_rows], pieces[cut_rows]), dim=1)
-            split_ptr = torch.cat((tables[:1], is_cut.view(self.tables, rows_of_table).sum(1).cumsum(0)))
+            split = _longer(torch.stack((cut_rows, first_slot[cut_rows], pieces[cut_rows]), dim=1))
+            ends = is_cut.view(self.tables, rows_of_table).sum(1).cumsum(0).int()
+            split_ptr = torch.cat((nothing[:1], ends, nothing[:1]))
+            last = last[row]
         else:  # every row is an item: in a third of the launches
-            row = torch.arange(rows, device=device)
             exists, visits, begin = count > 0, count, first
-            slot = torch.full_like(row, -1)
-            split, split_ptr = row[:0], torch.zeros_like(tables)
-        table = torch.where(exists, row // rows_of_table, self.tables)
-        nothing = torch.zeros_like(row)
+            split = split_ptr = nothing
+        key, order = torch.where(exists, last - visits, self.tables * (most + 1)).sort(stable=True)
+        items = other.new_zeros(len(key) * work.ITEM + 1)
+        columns = items[:-1].view(-1, work.ITEM)
+        columns[:, 0], columns[:, 6] = (row[order], slot[order]) if cuts else (order, -1)
+        begin, visits = begin[order], visits[order]
         if self.masks is None:
-            columns = (row, nothing, nothing, visits, begin, nothing, slot, nothing)
+            columns[:, 3], columns[:, 4] = visits, begin
+            visited = work.Visits(other, torch.ones_like(other), nothing, nothing, nothing)
         else:
-            columns = (row, begin, begin + visits, nothing, nothing, nothing, slot, nothing)
-        table, order = (table * (most + 1) + most - visits).sort(stable=True)  # by table, longest first
-        table = table // (most + 1)
-
-        def there(x: Tensor, more: int = 1) -> Tensor:
-            return torch.cat((x.flatten(), x.new_zeros(more))).int()
-
-        empty = other[:0]
-        if self.masks is None:
-            ones = torch.ones_like(other)
-            visited = work.Visits(there(other), there(ones), there(empty, 2), there(empty, 2), there(empty))
-        else:
-            visited = work.Visits(there(empty), there(empty), there(other, 2), there(entry, 2), self.masks)
+            columns[:, 1], columns[:, 2] = begin, begin + visits
+            visited = work.Visits(nothing, nothing, other, entry, self.masks)
         return work.Work(
             visits=visited,
-            items=there(torch.stack(columns, dim=1)[order]),
-            item_ptr=there(torch.searchsorted(table, tables)),
+            items=items,
+            item_ptr=torch.searchsorted(key, edges, out_int32=True),
             most=rows_of_table + cuts,
             # Rows are cut if count > longest, where ceil(count / longest) < 2 count / longest.
             slots=2 * self.tables * cuts,
-            split=there(split),
-            split_ptr=there(split_ptr),
+            split=split,
+            split_ptr=split_ptr,
             most_split=cuts,
             one_table=False,  # how many items there are, only item_ptr tells
             mean=entries / (rows_of_table + cuts),
@@ -222,6 +219,22 @@ class SelectedTable(Tiling):
             part_mask=np.arange(len(page), dtype=np.int32) if masked else none,
             masks=Masks(self.block_k, words),
         )
+
+
+@lru_cache(maxsize=16)
+def _places(tables: int, rows_of_table: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers by which rows are ordered by table, longest first: int64 [rows], of one that visits nothing, less what a
+    row visits; and int64 [tables + 2], those with which tables begin and end, the last one twice. Kept, as work.py
+    keeps units.
+    """
+    row, edges = np.arange(tables * rows_of_table), np.minimum(np.arange(tables + 2), tables)
+    last, edges = row // max(rows_of_table, 1) * (most + 1) + most, edges * (most + 1)
+    return torch.from_numpy(last).to(device), torch.from_numpy(edges).to(device)
+
+
+def _longer(x: Tensor, more: int = 1) -> Tensor:
+    """int32, flat, with some zeros behind it."""
+    return torch.cat((x.flatten().int(), x.new_zeros(more, dtype=torch.int32)))
 
 
 AnyTable = TileTable | SelectedTable

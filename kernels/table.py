@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distattn import spans as sp
-from distattn.kernels.launching import Recording
+from distattn.kernels.launching import Bound, Recording
 from distattn.kernels.masks import Masks
 from distattn.spans import Ints, Spans
 
@@ -48,6 +48,12 @@ class Tiling:
         return self.own_pages + self.guest_pages
 
     @property
+    def numbers(self) -> Hashable:
+        """All that launches take of a table beside what is made of it for them."""
+        blocks, pages = (self.block_q, self.block_k), (self.tiles, self.own_pages, self.guest_pages)
+        return blocks, pages, self.head_table, self.names_pages, self.has_masks, self.mask_rows
+
+    @property
     def names_pages(self) -> bool:
         """Whether FULL visits are listed page by page; else they are runs."""
         return False
@@ -68,7 +74,7 @@ class Tiling:
         return {}
 
     @cached_property
-    def recordings(self) -> dict[Hashable, Recording]:
+    def recordings(self) -> dict[Hashable, Recording | Bound]:
         """Launches of kernels over this table, by all else that they were made from."""
         return {}
 
@@ -105,6 +111,10 @@ class TileTable(Tiling):
     part_page: Int32
     part_mask: Int32
     masks: Masks
+
+    @property
+    def numbers(self) -> Hashable:
+        return super().numbers, len(self.part_page) > 0
 
     @property
     def tables(self) -> int:

@@ -7,6 +7,8 @@ step by step would then be planned while the device has nothing to do. From pinn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,19 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]
 
     The device need not have received them when this returns, but what it is given from then on finds them there.
     """
-    stop = np.cumsum([-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays]).tolist()
-    begin = [0, *stop[:-1]]
-    staged = torch.empty(stop[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    ends = [0, *accumulate(-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays)]
+    staged = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     flat = staged.numpy()
-    for array, at in zip(arrays, begin, strict=True):
+    for array, at in zip(arrays, ends, strict=False):
         flat[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = staged.to(device, non_blocking=True)  # pinned memory is not used anew before it was copied
-    return [
-        there[at : at + array.nbytes].view(_dtype(array)).view(array.shape)
-        for array, at in zip(arrays, begin, strict=True)
-    ]
+    found = []
+    for array, at in zip(arrays, ends, strict=False):
+        copy = there[at : at + array.nbytes].view(_dtype(array.dtype))
+        found.append(copy if array.ndim == 1 else copy.view(array.shape))
+    return found
 
 
-def _dtype(array: NDArray[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+@cache
+def _dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype

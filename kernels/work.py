@@ -8,6 +8,8 @@ a row leave partial results in slots, which a second kernel adds up, in order: t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -76,6 +78,14 @@ class Work:
     one_table: bool
     mean: float
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.items, self.item_ptr, self.split, self.split_ptr, *self.visits
+
+    @property
+    def numbers(self) -> Hashable:
+        return self.most, self.slots, self.most_split, self.one_table, self.mean
+
 
 def query_work(table: AnyTable, device: torch.device, programs: int) -> Work:
     """Items of query tiles, for a chip that runs so many programs at once. Kept with the table."""
@@ -122,12 +132,14 @@ def _make(
 
     def longer(array: NDArray[np.int32], more: int = 1) -> NDArray[np.int32]:
         # Some entries more: what is read ahead exists, and nothing is empty.
-        return np.append(array.ravel(), np.zeros(more, np.int32))
+        out = np.zeros(array.size + more, np.int32)
+        out[: array.size] = array.ravel()
+        return out
 
     arrays = [longer(x) for x in (items, item_ptr, split, split_ptr, rows.full_first, rows.full_count)]
     there = upload([*arrays, *(longer(x, 2) for x in partial)], device)
     return Work(
-        Visits(there[4], there[5], there[6], there[7], _mask_words(table, device)),
+        Visits(there[4], there[5], there[6], there[7], table.masks.words_and_none(device).flatten()),
         there[0],
         there[1],
         int(np.diff(item_ptr).max(initial=0)),
@@ -136,18 +148,8 @@ def _make(
         there[3],
         int(np.diff(split_ptr).max(initial=0)),
         table.tables == 1,
-        float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1),
+        _about(float(rows.full_count.sum() + len(partial[0])) / max(len(items), 1)),
     )
-
-
-def _mask_words(table: TileTable, device: torch.device) -> Tensor:
-    """int32, flat: the words of all masks and of an empty one, which both directions share."""
-    key = ("masks", device)
-    if key not in table.cache:
-        words = table.masks.words(device).flatten(1)
-        table.cache[key] = torch.cat((words, words.new_zeros(1, words.shape[1]))).flatten()
-    made: Tensor = table.cache[key]
-    return made
 
 
 def make_items(
@@ -176,27 +178,38 @@ def make_items(
     visits = partial + np.diff(before[full_ptr])
     table = np.arange(len(visits)) // max(rows_of_table, 1)
     longest = longest_piece(float((visits * heads[table]).sum()) / programs / share)
-    pieces = -(-visits // longest)
-    row = np.repeat(np.arange(len(visits)), pieces)
-    piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    # Equal pieces, to within one visit.
-    first = piece * visits[row] // np.maximum(pieces[row], 1)
-    count = (piece + 1) * visits[row] // np.maximum(pieces[row], 1) - first
-    full_before = before[full_ptr[row]] + np.maximum(first - partial[row], 0)
-    run = np.searchsorted(before, full_before, side="right") - 1
-    skip = full_before - before[run]
-    cut = pieces[row] > 1
-    slot = np.where(cut, np.cumsum(cut) - 1, -1)
-    begin, end = (part_ptr[row] + np.minimum(at, partial[row]) for at in (first, first + count))
-    order = np.lexsort((np.arange(len(row)), -count, table[row]))
+    most, tables = int(visits.max(initial=0)), np.arange(len(heads) + 1)
+    if most <= longest:  # every row is an item
+        row = np.flatnonzero(visits)
+        count, begin, end, run = visits[row], part_ptr[row], part_ptr[row + 1], full_ptr[row]
+        skip, slot = np.zeros_like(row), np.full_like(row, -1)
+        split, split_ptr, slots = np.zeros((0, 3), np.int32), np.zeros(len(tables), np.int32), 0
+    else:
+        pieces = -(-visits // longest)
+        row = np.repeat(np.arange(len(visits)), pieces)
+        piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        # Equal pieces, to within one visit.
+        first = piece * visits[row] // np.maximum(pieces[row], 1)
+        count = (piece + 1) * visits[row] // np.maximum(pieces[row], 1) - first
+        full_before = before[full_ptr[row]] + np.maximum(first - partial[row], 0)
+        run = np.searchsorted(before, full_before, side="right") - 1
+        skip = full_before - before[run]
+        cut = pieces[row] > 1
+        slots, slot = int(cut.sum()), np.where(cut, np.cumsum(cut) - 1, -1)
+        begin, end = (part_ptr[row] + np.minimum(at, partial[row]) for at in (first, first + count))
+        split_row = np.flatnonzero(pieces > 1)
+        split = np.stack((split_row, np.cumsum(pieces[split_row]) - pieces[split_row], pieces[split_row]), axis=1)
+        split, split_ptr = split.astype(np.int32), np.searchsorted(table[split_row], tables).astype(np.int32)
+    order = np.argsort(table[row] * (most + 1) - count, kind="stable")
     columns = (row, begin, end, count - (end - begin), run, skip, slot, np.zeros_like(row))
     items = np.stack(columns, axis=1)[order].astype(np.int32)
-    split_row = np.flatnonzero(pieces > 1)
-    split = np.stack((split_row, np.cumsum(pieces[split_row]) - pieces[split_row], pieces[split_row]), axis=1)
-    tables = len(heads)
-    item_ptr = np.searchsorted(table[row], np.arange(tables + 1)).astype(np.int32)
-    split_ptr = np.searchsorted(table[split_row], np.arange(tables + 1)).astype(np.int32)
-    return items, item_ptr, split.astype(np.int32), split_ptr, int(cut.sum())
+    item_ptr = np.searchsorted(table[row], tables).astype(np.int32)
+    return items, item_ptr, split, split_ptr, slots
+
+
+def _about(x: float) -> float:
+    """To within a tenth: that tables which are nearly alike are launched alike."""
+    return 2 ** (round(4 * math.log2(x)) / 4) if x else x
 
 
 _WAVES, _FEWEST = 16, 128

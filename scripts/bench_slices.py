@@ -3,9 +3,9 @@
 
     python scripts/bench_slices.py [--cases NAME ...] [--slice 32768] [--rounds 3] [--shrink 1] [--csv FILE]
 
-bfloat16 on a GPU, 32 query heads and 8 key heads of 128. "one_ms" and "slices_ms" are medians, taken in turns; planning
-is part of them from the second round on, since a pass keeps its plan and a cache plans each slice. "one_MiB" and
-"slices_MiB" are the most that is held beside q, k, v and the cache: a slice's output is not kept.
+bfloat16 on a GPU, 32 query heads and 8 key heads of 128. "one_ms" and "slices_ms" are medians of the rounds from the
+second on, taken in turns: then a pass has its plan, and a cache what it planned for the slices of the prompt before.
+"one_MiB" and "slices_MiB" are the most that is held beside q, k, v and the cache: a slice's output is not kept.
 
 Per slice, "plan_ms" is the host's time in Cache.begin, which plans, and "host_ms" its time in all of the slice,
 until the GPU has been given everything. If slices take about so long each, it is the host that bounds them.

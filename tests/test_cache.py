@@ -17,6 +17,8 @@ from distattn.extras import AttentionExtras, AttentionPool, Mlp, MlpPool
 from distattn.hierarchy_reference import hierarchical
 from distattn.jobs.context import Context
 from distattn.operators import sent
+from distattn.outlook import Outlook, Seen
+from distattn.paged import Tiles
 from distattn.patterns import Causal, GlobalTokens, SlidingWindow
 from distattn.policies import HeaviestPages, SinksAndWindow
 from distattn.retrieval import Quest
@@ -156,6 +158,31 @@ def test_any_slices_give_the_rows_of_the_whole(name: str, world_size: int, ranks
     for seed, count in enumerate(map(sum, slices)):
         found = torch.from_numpy(np.sum([part[seed] for part in parts], axis=0))[:, :count]
         assert reference.max_error(found, expected(spec, *rows_of(seed))[:, :count]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*STATIC, *CHOOSING])
+def test_slices_and_tokens_that_are_planned_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = (STATIC | CHOOSING)[name]
+    monkeypatch.setattr("distattn.outlook._BLOCK_Q", 32)
+    planned, plan = [], Outlook._plan
+
+    def counted(outlook: Outlook, tiles: Tiles, length: int) -> Seen:
+        planned.append(length)
+        return plan(outlook, tiles, length)
+
+    monkeypatch.setattr(Outlook, "_plan", counted)
+    cache = cache_of(None, [spec])
+    slices = [64] * 4 + [1] * 12
+    wanted = [expected(spec, *rows_of(seed))[:, : sum(slices)] for seed in range(2)]
+    for round_ in range(2):  # in the second one all is planned
+        texts = [Text(cache.add(), *rows_of(seed)) for seed in range(2)]
+        out = {text.sequence: torch.zeros(1, N, HEADS, DIM) for text in texts}
+        for count in slices:
+            run(cache, texts, [count] * 2, out)
+        for text, rows in zip(texts, wanted, strict=True):
+            assert reference.max_error(out[text.sequence][:, : sum(slices)], rows) < 1e-5
+            cache.free(text.sequence)
+        assert planned == [64, 192, 320, 257, 259, 263, 271], round_
 
 
 @pytest.mark.gpu

@@ -118,6 +118,29 @@ def test_launches_are_recorded_by_kinds_and_numbers_and_the_oldest_forgotten() -
     assert recorded == [1, 2, 3, 1] and len(kernel.log) == 7
 
 
+def test_what_was_made_of_another_table_is_given_as_well() -> None:
+    kernel, launches, recorded = Kernel(), Launches(), []
+
+    def record(recording: Recording, made: tuple[Tensor, ...]) -> None:
+        recorded.append(made)
+        x, temporary = recording.parts[0], recording.temporary(2)
+        recording.launch(kernel, (1,), x, made[0], made[1], made[0], temporary, 5, 1, HEADS=2, num_warps=4)
+
+    x, bound = torch.zeros(4, 7), []
+    tables = [(torch.zeros(n, dtype=torch.int32), torch.zeros(n + 1)) for n in (3, 9, 5)]
+    for made in (*tables, (STORAGE[1:4].int(), STORAGE[1:4])):  # the last one begins elsewhere
+        bound.append(launches.run((x,), "numbers", lambda recording, made=made: record(recording, made), made))
+        _, values = kernel.log[-1]
+        assert values[:4] == [y.data_ptr() for y in (x, made[0], made[1], made[0])]
+    assert [*map(len, recorded[0])] == [3, 4] and len(recorded) == 2
+    other = torch.zeros(4, 7)
+    assert bound[0] is not None
+    bound[0].replay((other,))
+    _, values = kernel.log[-1]
+    assert values[:4] == [y.data_ptr() for y in (other, tables[0][0], tables[0][1], tables[0][0])]
+    assert values[4] not in values[:4]
+
+
 STORAGE = torch.zeros(8192)
 MADE = {
     "dtype": STORAGE.bfloat16()[:4096].view(2, 64, 4, 8),

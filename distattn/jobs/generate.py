@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from distattn import checkpoint, weights
-from distattn.cache import Cache, plan_levels
+from distattn.cache import RETRIEVED, Cache, plan_levels
 from distattn.cached_levels import Sizes
 from distattn.conf.schema import Config, GenerateConfig
 from distattn.data import open_corpus
-from distattn.decoding import RETRIEVED
 from distattn.errors import ConfigError
 from distattn.generate import Sampling, check_prompts, generate
 from distattn.jobs.context import Context
