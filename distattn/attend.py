@@ -111,13 +111,15 @@ def attend(
         raise ConfigError(why)
     scale = plan.head_dim**-0.5 if scale is None else scale
     lse: Tensor | None
-    if isinstance(plan, HeadsPlan):
-        out, lse = _by_heads(q, k, v, plan, scale, return_lse)
-    elif plan.spec.is_static:
-        out, lse = _static(q, k, v, plan, scale)
-    else:
-        out, lse, selection = _hierarchical(q, k, v, plan, scale, extras, selection)
-        out = _corrected(out, q, k, v, plan, scale)
+    # What is computed in which dtype follows from the inputs' alone: autocast would round sums that must not be.
+    with torch.autocast(q.device.type, enabled=False):
+        if isinstance(plan, HeadsPlan):
+            out, lse = _by_heads(q, k, v, plan, scale, return_lse)
+        elif plan.spec.is_static:
+            out, lse = _static(q, k, v, plan, scale)
+        else:
+            out, lse, selection = _hierarchical(q, k, v, plan, scale, extras, selection)
+            out = _corrected(out, q, k, v, plan, scale)
     asked = [x for x, wanted in ((lse, return_lse), (selection, return_selection)) if wanted]
     return (out, *asked) if asked else out
 
@@ -134,7 +136,7 @@ def select(
         operators.refuse(plan, why)
         raise ConfigError(why)
     operators.agree(plan, q.shape[0], q.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         levels = make_summaries(pool_own(k, v, plan, extras), plan, extras)
         scale = plan.head_dim**-0.5 if scale is None else scale
         return Selection(plan, choose(scorers_of(q, plan), k, levels, plan, extras, scale))

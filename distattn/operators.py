@@ -203,7 +203,8 @@ def _attend_backward(
     sources = _sources(plan, inputs, sums)
     kept = Kept(guests, guest_q, chosen_guests, asked, given)
     run = Pass(plan, sent, tokens, sources, inputs[-1])
-    grads = run.backward(grad_out, grad_lse, q, k, v, out, lse, kept, scale)
+    with torch.autocast(q.device.type, enabled=False):  # as in attend
+        grads = run.backward(grad_out, grad_lse, q, k, v, out, lse, kept, scale)
     more = [x.to(of.dtype) for x, of in zip(sums, inputs[3:], strict=False) if x is not None]
     return [*grads, *more]
 

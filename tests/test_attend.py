@@ -357,3 +357,20 @@ def test_a_plan_on_paper_does_not_run() -> None:
     x = torch.zeros(1, plan.tokens, 2, 32)
     with pytest.raises(ValueError, match="on paper"):
         attend(x, x, x, plan)
+
+
+@pytest.mark.parametrize("name", ["window", "hierarchical"])
+def test_autocast_changes_nothing(name: str) -> None:
+    """Sums stay in float32, forward and backward, also where few rows of a tile see a page."""
+    spec = {"window": presets.mistral(100), "hierarchical": presets.hierarchical(32, (8, 32), (2,), 3, "tile")}[name]
+    plan = make_plan(spec, 300, heads=4, kv_heads=2, head_dim=16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 300, heads, 16, generator=generator).bfloat16() for heads in (4, 2, 2, 4))
+    found = []
+    for enabled in (False, True):
+        given = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = attend(*given, plan)
+            found.append((out, *torch.autograd.grad(out, given, grad)))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
