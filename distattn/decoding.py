@@ -42,11 +42,10 @@ if TYPE_CHECKING:
 class _Group:
     """What layers of one spec share in a step.
 
-    outlook: that of the spec. choosing: the tiles that choose. asking: these by
-    sequence.
-    table: of tokens. summaries: of summaries, where these follow from positions alone; else buffers: int32 [tiles that
-    choose], the page with which the summaries of their sequence begin. blind: int64, rows of this rank's query tiles
-    that attend to tokens alone; None if there is none.
+    outlook: that of the spec. choosing: the tiles that choose. asking: these by sequence. table: of tokens. summaries:
+    of summaries, where these follow from positions alone; else buffers: int32 [tiles that choose], the page with which
+    the summaries of their sequence begin. blind: int64, rows of this rank's query tiles that attend to tokens alone;
+    None if there is none.
     """
 
     outlook: Outlook

@@ -19,6 +19,7 @@ from contending import predicted_ms
 from measuring import add_output, here, positive, write_rows
 
 from distattn import make_plan
+from distattn.errors import ConfigError
 from distattn.forecast import plan_peak_bytes, predict
 from distattn.machine import Machine
 from distattn.plan import DEFAULT_MACHINE, Plan
@@ -32,7 +33,10 @@ def main() -> None:
     parser.add_argument("--machine", type=Path, default=DEFAULT_MACHINE, help="a JSON file of the machine")
     add_output(parser)
     options = parser.parse_args()
-    machine = Machine.load(options.machine)
+    try:
+        machine = Machine.load(options.machine)
+    except ConfigError as error:
+        parser.error(str(error))
     rows = []
     for gpus in options.gpus:
         for name, case in CASES.items():
