@@ -1,7 +1,8 @@
 """A tile table whose tiles were chosen on the device, by the data: each query tile names the pages that it visits.
 
 Nothing is copied to the host, and nothing waits for the device: all that the host needs are bounds, which follow from
-shapes. Items of work are made as in work.py, with PyTorch operations on the device.
+shapes. Items of work are made as in work.py, with PyTorch operations on the device; on GPUs those of query tiles, where
+no row is cut, in Triton (items_triton.py).
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ class SelectedTable(Tiling):
     def query_work(self, programs: int) -> work.Work:
         """Items of query tiles, for a chip that runs so many programs at once."""
         rows, number = self.tables * self.tiles, self.selected.shape[2]
+        if self.selected.is_cuda and rows * number and number <= self._longest(number * self.tiles, programs, 1):
+            from distattn.kernels import items_triton
+
+            if number <= items_triton.MOST:
+                return items_triton.query_work(self)
         chosen = self.selected.reshape(rows, number)
         nothing, first = chosen < 0, torch.arange(0, rows * number, max(number, 1), device=chosen.device)
         # Sorted and added up to where two more entries follow.
@@ -119,6 +125,12 @@ class SelectedTable(Tiling):
         tile, entry = (_longer(x, 2) for x in ((entry // number % self.tiles)[order], order))
         return self._work(first.diff(), first[:-1], tile, entry, self.pages, self.tiles, programs, share)
 
+    def _longest(self, entries: int, programs: int, share: int) -> int:
+        """How many visits an item may have, where each table has so many entries."""
+        # Each cut leaves a partial result of all heads: not more of them than programs.
+        even = entries * len(self.head_table) / programs / share
+        return max(work.longest_piece(even), entries * self.tables // programs, 1)
+
     def _work(
         self,
         count: Tensor,
@@ -136,9 +148,7 @@ class SelectedTable(Tiling):
         ``entry[first[r] + i]``; both int32, with two entries more. Every table has as many entries.
         """
         device, rows, entries = count.device, len(count), (len(other) - 2) // self.tables
-        # Each cut leaves a partial result of all heads: not more of them than programs.
-        even = entries * len(self.head_table) / programs / share
-        longest = max(work.longest_piece(even), entries * self.tables // programs, 1)
+        longest = self._longest(entries, programs, share)
         # Of a table: ceil(count / longest) summed up is no more than its rows and this.
         cuts = entries // longest if most > longest else 0
         last, edges = _places(self.tables, rows_of_table, most, device)

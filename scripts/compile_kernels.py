@@ -31,6 +31,7 @@ from distattn.kernels import (
     chosen_pages_triton,
     chunks_triton,
     decode_triton,
+    items_triton,
     page_bounds_triton,
     rows_triton,
     summary_pages_triton,
@@ -106,11 +107,20 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
             means, counts = rows_triton.chunk_means(own.k, 64, torch.zeros(tokens, dtype=torch.bool))
             rows_triton.chunk_means_backward(means, counts, tokens, 64, None, dtype)
             rows_triton.gate_backward(grad, [grad, grad], lse[..., None].repeat(1, 1, 1, 2))
+            record_items()
             record_choice(q)
             record_decoding(q, own)
     finally:
         JITFunction.run, attention.choose = before
     return found
+
+
+def record_items() -> None:
+    """Of tables whose tiles visit 16 whole pages, 20 with masks, or a hundred."""
+    for n, masked in ((16, False), (20, True), (100, True)):
+        selected = torch.zeros(2, 256, n, dtype=torch.int32)
+        masks = torch.zeros(2, 256, n, 1, 1, dtype=torch.int32) if masked else None
+        items_triton.query_work(SelectedTable(64, 32, 256, 1024, 0, (0, 1), selected, masks))
 
 
 def record_choice(q: torch.Tensor) -> None:

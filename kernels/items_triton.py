@@ -1,0 +1,181 @@
+"""Items of query tiles of a table that was selected on the device, where no row is cut, in Triton.
+
+selected.py says in PyTorch operations what they are; these kernels make the same, in the same order, in three launches.
+Items are ordered by counting: how many rows of each block visit how many pages, added up in the order in which these
+are to come (by table, the most pages first, block by block; and behind all tables those that visit nothing), says
+where each block's items begin. No two programs write to one place, and none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from distattn.kernels.launching import Launches, Part, Recording
+from distattn.kernels.work import ITEM, Visits, Work
+
+if TYPE_CHECKING:
+    from distattn.kernels.selected import SelectedTable
+
+MOST = 128
+"""Entries of a row, at most: each is compared with all others."""
+_LAUNCHES = Launches()
+# Of a program: rows at most, which are compared with each other, and entries; and what one step adds up.
+_ROWS, _ENTRIES, _STEP = 64, 2048, 4096
+_ITEM = tl.constexpr(ITEM)
+_NOWHERE = tl.constexpr(2**31 - 1)  # behind all pages
+
+
+@triton.jit
+def _place_of(table, block, count, tables, blocks, n):
+    """Where in the order of items it is noted how many rows of a block visit ``count`` of n pages."""
+    return tl.where(count > 0, (table * n + n - count) * blocks, (tables * n + table) * blocks) + block
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "tables"])
+def _sort_rows(
+    selected, page_out, entry_out, counts, numbers, n, tiles, tables,
+    N_2: tl.constexpr, COUNTS_2: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr,
+):  # fmt: skip
+    """Program (block of rows, table): each row's pages in rising order, behind them page 0 for each place without one;
+    how many pages it has; and how many rows of the block have how many."""
+    block, table = tl.program_id(0), tl.program_id(1)
+    row = block * ROWS + tl.arange(0, ROWS)  # of the table
+    exists = row < tiles
+    first = (table * tiles + row) * n
+    place = tl.arange(0, N_2)[None, :]
+    inside = exists[:, None] & (place < n)
+    entry = first[:, None] + place
+    page = tl.load(selected + entry, mask=inside, other=-1)
+    count = tl.sum((page >= 0).to(tl.int32), 1)
+    key = tl.where(page < 0, _NOWHERE, page)
+    before = tl.zeros([ROWS, N_2], tl.int32)
+    for j in range(n):
+        other = tl.load(selected + first + j, mask=exists, other=-1)
+        other = tl.where(other < 0, _NOWHERE, other)[:, None]
+        before += ((other < key) | ((other == key) & (j < place))).to(tl.int32)
+    out = first[:, None] + before
+    tl.store(page_out + out, tl.maximum(page, 0), mask=inside)
+    if MASKS:
+        tl.store(entry_out + out, entry, mask=inside)
+    else:
+        tl.store(entry_out + out, tl.full([ROWS, N_2], 1, tl.int32), mask=inside)
+    tl.store(counts + table * tiles + row, count, mask=exists)
+    kind = tl.arange(0, COUNTS_2)
+    number = tl.sum(((count[:, None] == kind[None, :]) & exists[:, None]).to(tl.int32), 0)
+    at = _place_of(table, block, kind, tables, tl.num_programs(0), n)
+    tl.store(numbers + at, number, mask=kind <= n)
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "tables", "entries"])
+def _add_up(
+    numbers, begins, item_ptr, nothing, page_out, entry_out, n, blocks, tables, entries,
+    STEP: tl.constexpr, MASKS: tl.constexpr,
+):  # fmt: skip
+    """One program: what comes before each number, and before each table's first one; and the zeros."""
+    total = 0
+    for start in range(0, tables * (n + 1) * blocks, STEP):
+        at = start + tl.arange(0, STEP)
+        inside = at < tables * (n + 1) * blocks
+        number = tl.load(numbers + at, mask=inside, other=0)
+        begin = total + tl.cumsum(number, 0) - number
+        tl.store(begins + at, begin, mask=inside)
+        table = at // (n * blocks)
+        begins_table = inside & (at % (n * blocks) == 0) & (table <= tables)
+        tl.store(item_ptr + table, begin, mask=begins_table)
+        tl.store(nothing + table, tl.zeros([STEP], tl.int32), mask=begins_table)
+        total += tl.sum(number, 0)
+    behind = entries + tl.arange(0, 2)
+    tl.store(page_out + behind, tl.zeros([2], tl.int32))
+    tl.store(entry_out + behind, tl.full([2], 0 if MASKS else 1, tl.int32))
+
+
+@triton.jit(do_not_specialize=["n", "tiles", "tables"])
+def _write_items(counts, begins, items, n, tiles, tables, ROWS: tl.constexpr, MASKS: tl.constexpr):
+    """Program (block of rows, table): an item each, in the order of rows among those of the block that visit as many
+    pages."""
+    block, table = tl.program_id(0), tl.program_id(1)
+    number = tl.arange(0, ROWS)
+    row = block * ROWS + number
+    exists = row < tiles
+    row += table * tiles
+    count = tl.load(counts + row, mask=exists, other=-1)
+    earlier = (count[None, :] == count[:, None]) & (number[None, :] < number[:, None])
+    begin = tl.load(begins + _place_of(table, block, count, tables, tl.num_programs(0), n), mask=exists, other=0)
+    at = (begin + tl.sum(earlier.to(tl.int32), 1)).to(tl.int64)
+    first, column = row * n, tl.arange(0, _ITEM)[None, :]
+    value = tl.where(column == 0, row[:, None], tl.where(column == 6, -1, 0))
+    if MASKS:
+        value = tl.where(column == 1, first[:, None], tl.where(column == 2, (first + count)[:, None], value))
+    else:
+        value = tl.where(column == 3, count[:, None], tl.where(column == 4, first[:, None], value))
+    tl.store(items + at[:, None] * _ITEM + column, value, mask=exists[:, None])
+
+
+def query_work(table: SelectedTable) -> Work:
+    """As SelectedTable.query_work, of a table that has rows, with 1 to MOST entries each, of which none is cut."""
+    selected = table.selected.contiguous()
+    tables, tiles, n = selected.shape
+    kept, passing = _sizes(tables, tiles, n, _rows_of_block(n))
+    # Host time: two tensors of many parts are sooner looked at than many tensors.
+    made = torch.empty(sum(kept), dtype=torch.int32, device=selected.device)
+    scratch = torch.empty(sum(passing), dtype=torch.int32, device=selected.device)
+    _LAUNCHES.run((selected, made, scratch), table.has_masks, partial(_record, table.has_masks))
+    page, entry, items, item_ptr, nothing = made.split(kept)
+    if table.masks is None:
+        visits = Visits(page, entry, nothing, nothing, nothing)
+    else:
+        visits = Visits(nothing, nothing, page, entry, table.masks)
+    return Work(visits, items, item_ptr, tiles, 0, nothing, nothing, 0, one_table=False, mean=float(n))
+
+
+def _record(masks: bool, recording: Recording) -> None:
+    selected, made, scratch = recording.parts
+    tables, tiles, n = selected.now.shape
+    rows = _rows_of_block(n)
+    kept, passing = _sizes(tables, tiles, n, rows)
+    page, entry, items, item_ptr, nothing = _split(made, kept)
+    counts, numbers, begins = _split(scratch, passing)
+    blocks = triton.cdiv(tiles, rows)
+    recording.launch(
+        _sort_rows, (blocks, tables), selected, page, entry, counts, numbers, n, tiles, tables,
+        N_2=triton.next_power_of_2(n), COUNTS_2=triton.next_power_of_2(n + 1), ROWS=rows, MASKS=masks, num_warps=4,
+    )  # fmt: skip
+    recording.launch(
+        _add_up, (1,), numbers, begins, item_ptr, nothing, page, entry, n, blocks, tables, tables * tiles * n,
+        STEP=_STEP, MASKS=masks, num_warps=8,
+    )  # fmt: skip
+    recording.launch(
+        _write_items, (blocks, tables), counts, begins, items, n, tiles, tables, ROWS=rows, MASKS=masks, num_warps=4
+    )
+
+
+def _rows_of_block(n: int) -> int:
+    rows: int = min(_ROWS, _ENTRIES // triton.next_power_of_2(n))
+    return rows
+
+
+@lru_cache(maxsize=64)
+def _sizes(tables: int, tiles: int, n: int, rows: int) -> tuple[list[int], list[int]]:
+    """Of page, entry (1 throughout where there are no masks), items, item_ptr, nothing; and of counts, numbers, begins.
+
+    All begin at multiples of 16 bytes, and have the entries more that work.py wants.
+    """
+    entries, numbers = tables * tiles * n, tables * (n + 1) * triton.cdiv(tiles, rows)
+    kept = entries + 2, entries + 2, tables * tiles * ITEM + 1, tables + 2, tables + 2
+    return _even(kept), _even((tables * tiles, numbers, numbers))
+
+
+def _even(sizes: Sequence[int]) -> list[int]:
+    return [-(-size // 4) * 4 for size in sizes]
+
+
+def _split(whole: Part, sizes: list[int]) -> list[Part]:
+    begins = accumulate(sizes, initial=0)
+    return [Part(whole.number, begin * 4, x) for x, begin in zip(whole.now.split(sizes), begins, strict=False)]
