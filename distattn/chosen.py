@@ -22,6 +22,7 @@ from torch import Tensor
 from distattn.aside import after_aside, aside
 from distattn.exchange import Exchange, Pending
 from distattn.hierarchy import Hierarchy
+from distattn.kernels.chunk_places import masks_of_chunks, pages_of_chunks
 from distattn.kernels.selected import SelectedTable
 from distattn.plan import Plan
 
@@ -150,17 +151,15 @@ class ChosenChunks:
         A chunk is a page, and guests lie as ``Rounds`` says.
         """
         hierarchy, chosen, plan = self.hierarchy, self._chosen, self._plan
-        chunk, (batch, tables, tiles, _) = hierarchy.chunk, chosen.shape
+        chunk, (batch, _, tiles, _) = hierarchy.chunk, chosen.shape
         own_pages, take = -(-plan.tokens // chunk), self.rounds[number].take
-        own = hierarchy.on(chosen.device, "own_page").repeat(plan.kv_heads)
+        own = hierarchy.on(chosen.device, "own_page")
         place = own if number == 0 else torch.full_like(own, -1)
         if len(take):
-            place[take] = own_pages + batch * torch.arange(len(take), device=chosen.device)
-        place = place.view(plan.kv_heads, -1)
+            place = place.repeat(plan.kv_heads)
+            place[take] = torch.arange(own_pages, own_pages + batch * len(take), batch, device=chosen.device)
+        pages = pages_of_chunks(chosen, place.view(-1, hierarchy.chunks))
         guest_pages = max(batch * (len(take) - 1) + 1, 0)
-        head = torch.arange(tables, device=chosen.device) // (tables // plan.kv_heads)
-        pages = place[head[None, :, None, None], chosen.clamp_min(0).long()]
-        pages = torch.where(chosen < 0, -1, pages).int()
         blocks = hierarchy.tile, chunk, tiles, own_pages, guest_pages, hierarchy.head_table
         masks = self._masks
         return [SelectedTable(*blocks, pages[b], None if masks is None else masks[b]) for b in range(batch)]
@@ -206,16 +205,8 @@ class ChosenChunks:
         own = hierarchy.causal and "own" in select.always
         if hierarchy.chooses_whole_chunks and not own:
             return None
-        chunk = hierarchy.chunk
-        masks = hierarchy.on(chosen.device, "chunk_masks")[chosen.clamp_min(0).long()]
-        if own:
-            position = hierarchy.on(chosen.device, "positions")
-            first = 32 * torch.arange(masks.shape[-1], device=chosen.device)
-            until = (position % chunk + 1)[:, None] - first
-            causal = ((1 << until.clamp(0, 32)) - 1).to(torch.int32)  # [tokens, words]
-            is_own = chosen == (position // chunk)[:, None]
-            masks = torch.where(is_own.unsqueeze(-1), masks & causal[:, None], masks)
-        return masks.unsqueeze(-2).contiguous()
+        position = hierarchy.on(chosen.device, "positions") if own else None
+        return masks_of_chunks(chosen, hierarchy.on(chosen.device, "chunk_masks"), hierarchy.chunk, position)
 
 
 def wanted_by_owner(chosen: Tensor, plan: Plan) -> Tensor:

@@ -29,6 +29,7 @@ from distattn.axis import Axis
 from distattn.kernels import (
     attention,
     chosen_pages_triton,
+    chunk_places_triton,
     chunks_triton,
     decode_triton,
     items_triton,
@@ -116,11 +117,15 @@ def record(engine: str, dtype: torch.dtype, block_q: int, block_k: int, head_dim
 
 
 def record_items() -> None:
-    """Of tables whose tiles visit 16 whole pages, 20 with masks, or a hundred."""
+    """Of tables whose tiles visit 16 whole pages, 20 with masks, or a hundred; and how tables of chunks are made."""
     for n, masked in ((16, False), (20, True), (100, True)):
         selected = torch.zeros(2, 256, n, dtype=torch.int32)
         masks = torch.zeros(2, 256, n, 1, 1, dtype=torch.int32) if masked else None
         items_triton.query_work(SelectedTable(64, 32, 256, 1024, 0, (0, 1), selected, masks))
+    chosen = torch.zeros(1, 2, 256, 16, dtype=torch.int32)
+    chunk_places_triton.pages_of_chunks(chosen, torch.zeros(1, 1024, dtype=torch.int64))
+    for position in (None, torch.arange(256)):
+        chunk_places_triton.masks_of_chunks(chosen, torch.zeros(1024, 2, dtype=torch.int32), 64, position)
 
 
 def record_choice(q: torch.Tensor) -> None:
