@@ -1,6 +1,7 @@
 """Items that are made in Triton, against those made in PyTorch operations, which are the definition."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,49 @@ def test_the_numbers_of_many_blocks_are_added_up_in_steps(
     monkeypatch.setattr("distattn.kernels.items_triton._LAUNCHES", Launches())  # others were recorded for other steps
     table = random_table(3, 50, 7, True)
     check(in_triton(table_with(table.selected.to(DEVICE), True)), table)
+
+
+class Logged:
+    """Stands for a kernel: logs the tensors, by address, of launches and of those of the compiled kernel."""
+
+    packed_metadata = None
+
+    def __init__(self, kernel: Any, log: list[list[int]]) -> None:
+        self.arg_names, self._log = kernel.arg_names, log
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., "Logged"]:
+        def launch(*values: Any, **_: Any) -> Logged:
+            addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
+            self._log.append([x for x in addresses if type(x) is int and x > 1 << 20])
+            return self
+
+        return launch
+
+
+def test_launches_are_replayed_for_other_tables(
+    in_triton: Callable[[SelectedTable], Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distattn.kernels import items_triton
+
+    log: list[list[int]] = []
+    recorded = Launches()
+    monkeypatch.setattr(items_triton, "_LAUNCHES", recorded)
+    for name in ("_sort_rows", "_add_up", "_write_items"):
+        monkeypatch.setattr(items_triton, name, Logged(getattr(items_triton, name), log))
+    kept = []  # so that none lies where another one lay
+    for seed in range(3):
+        table = table_with(random_table(2, 70, 5, True, seed).selected.to(DEVICE), True)
+        made = in_triton(table)
+        kept.append(made)
+        selected, page, entry, counts, numbers = log[-3]
+        assert [selected, page, entry] == [x.data_ptr() for x in (table.selected, *made.visits[2:4])]
+        begins = log[-2][1]
+        assert log[-2:] == [
+            [numbers, begins, made.item_ptr.data_ptr(), made.split.data_ptr(), page, entry],
+            [counts, begins, made.items.data_ptr()],
+        ]
+        assert counts + 4 * 140 <= numbers and numbers + 4 * 2 * 6 * 2 <= begins
+    assert len(recorded._kept) == 1 and len(log) == 9
 
 
 @pytest.mark.parametrize(
