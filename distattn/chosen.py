@@ -58,14 +58,19 @@ class Asks:
     Args:
         chosen: int32 [batch, tables, tiles, n]: chunks of each tile, ascending, then -1; alike in the rows of the batch
             as far as ``Selection`` says.
+
+    Attributes:
+        wanted: see :func:`wanted_by_owner`; None of a rank that is alone.
     """
 
     def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor) -> None:
         assert plan.hierarchy is not None
         self._exchange, self._rank, self._world, self._device = exchange, plan.rank, plan.world_size, chosen.device
+        self.wanted: Tensor | None = None
         if self._world == 1:
             return
-        wanted, edges = wanted_by_owner(chosen, plan), plan.hierarchy.pairs_of_owner
+        self.wanted = wanted = wanted_by_owner(chosen, plan)
+        edges = plan.hierarchy.pairs_of_owner
         before = torch.cat((wanted.new_zeros(1, dtype=torch.int64), wanted.cumsum(0)))
         self._mine = before[plan.hierarchy.on(chosen.device, "pairs_of_owner")].diff()
         numbers = torch.stack((before[-1].expand(self._world), self._mine), dim=1).view(torch.uint8)
@@ -133,17 +138,18 @@ class ChosenChunks:
 
     Args:
         chosen: see :class:`Asks`.
+        wanted: what Asks has found out of it, if it is still there.
 
     Attributes:
         asked: for the way back.
         rounds: in which they come from other ranks; one at least, in which nothing comes to a rank that is alone.
     """
 
-    def __init__(self, plan: Plan, chosen: Tensor, asked: Asked) -> None:
+    def __init__(self, plan: Plan, chosen: Tensor, asked: Asked, wanted: Tensor | None = None) -> None:
         assert plan.hierarchy is not None
         self._plan, self._chosen, self.asked = plan, chosen, asked
         self.hierarchy: Hierarchy = plan.hierarchy
-        self.rounds = tuple(self._made_rounds())
+        self.rounds = tuple(self._made_rounds(wanted))
 
     def tables(self, number: int) -> list[SelectedTable]:
         """What tiles visit in a round: of guests, and in the first one of own pages, too. One table a row of the batch.
@@ -164,7 +170,7 @@ class ChosenChunks:
         masks = self._masks
         return [SelectedTable(*blocks, pages[b], None if masks is None else masks[b]) for b in range(batch)]
 
-    def _made_rounds(self) -> Iterator[Round]:
+    def _made_rounds(self, wanted: Tensor | None) -> Iterator[Round]:
         hierarchy, plan = self.hierarchy, self._plan
         world, rank, device = plan.world_size, plan.rank, self._chosen.device
         if world == 1:
@@ -181,7 +187,8 @@ class ChosenChunks:
             # In round s this rank receives from the one s before it, and sends to the one s after it.
             groups = [([owner], [asks]) for owner, asks in zip(others[::-1], others, strict=True)]
         pairs, edges = hierarchy.on(device, "pairs_by_owner"), hierarchy.pairs_of_owner
-        wanted = pairs[_true(wanted_by_owner(self._chosen, plan), sum(take))]
+        wanted = wanted_by_owner(self._chosen, plan) if wanted is None else wanted
+        taken = pairs[_true(wanted, sum(take))]
         own_pairs = pairs[int(edges[rank]) : int(edges[rank + 1])]
         for owners, askers in groups:
             first = sum(take[: owners[0]])
@@ -191,7 +198,7 @@ class ChosenChunks:
                 given = given[row : row + 1]
             to = _true(given.flatten() > 0, sum(give[r] for r in askers))
             yield Round(
-                wanted[first : first + sum(take[r] for r in owners)],
+                taken[first : first + sum(take[r] for r in owners)],
                 {r: take[r] for r in owners if take[r]},
                 own_pairs[to % max(len(own_pairs), 1)],
                 {r: give[r] for r in askers if give[r]},

@@ -208,10 +208,10 @@ class Pass:
                 run(source, last=number + 1 == len(self.sources))
             return result, {}
         assert self.asks is not None
-        # Many small kernels, which the host launches while the pattern is attended and asks travel.
+        # Small kernels, many where rows are cut, which the host launches while the pattern is attended and asks travel.
         for table in (table for source in self.sources for table in source.tables):
             prepare(q, table)
-        chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait())
+        chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait(), self.asks.wanted)
         rounds = Rounds(chunks, self.exchange, own)
         for table in rounds.tables:  # as above, while the chunks set out
             prepare(q, table)

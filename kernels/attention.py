@@ -205,7 +205,7 @@ def attention_backward(
 
 
 def prepare(q: Tensor, table: AnyTable) -> None:
-    """Makes ahead what kernels need to know of a table that was selected on a GPU, which takes many small launches."""
+    """Makes ahead what kernels need to know of a table that was selected on a GPU, in launches that may be many."""
     if q.is_cuda and q.dtype != torch.float64:
         _query_work(table, q.device)
 
