@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 MOST = 128
 """Entries of a row, at most: each is compared with all others."""
 _LAUNCHES = Launches()
-# Of a program: rows at most, which are compared with each other, and entries; and what one step adds up.
-_ROWS, _ENTRIES, _STEP = 64, 2048, 4096
+# Of a step of a program: rows at most, which are compared with each other, entries, and what is added up.
+_ROWS, _ENTRIES, _NUMBERS = 32, 2048, 4096
+# Blocks of rows of all tables, about: as many as a GPU has room for, and few enough that one program adds them up.
+_BLOCKS = 512
 _ITEM = tl.constexpr(ITEM)
 _NOWHERE = tl.constexpr(2**31 - 1)  # behind all pages
 
@@ -38,37 +40,39 @@ def _place_of(table, block, count, tables, blocks, n):
     return tl.where(count > 0, (table * n + n - count) * blocks, (tables * n + table) * blocks) + block
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "tables"])
+@triton.jit(do_not_specialize=["n", "tiles", "tables", "steps"])
 def _sort_rows(
-    selected, page_out, entry_out, counts, numbers, n, tiles, tables,
+    selected, page_out, entry_out, counts, numbers, n, tiles, tables, steps,
     N_2: tl.constexpr, COUNTS_2: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows, table): each row's pages in rising order, behind them page 0 for each place without one;
     how many pages it has; and how many rows of the block have how many."""
     block, table = tl.program_id(0), tl.program_id(1)
-    row = block * ROWS + tl.arange(0, ROWS)  # of the table
-    exists = row < tiles
-    first = (table * tiles + row) * n
     place = tl.arange(0, N_2)[None, :]
-    inside = exists[:, None] & (place < n)
-    entry = first[:, None] + place
-    page = tl.load(selected + entry, mask=inside, other=-1)
-    count = tl.sum((page >= 0).to(tl.int32), 1)
-    key = tl.where(page < 0, _NOWHERE, page)
-    before = tl.zeros([ROWS, N_2], tl.int32)
-    for j in range(n):
-        other = tl.load(selected + first + j, mask=exists, other=-1)
-        other = tl.where(other < 0, _NOWHERE, other)[:, None]
-        before += ((other < key) | ((other == key) & (j < place))).to(tl.int32)
-    out = first[:, None] + before
-    tl.store(page_out + out, tl.maximum(page, 0), mask=inside)
-    if MASKS:
-        tl.store(entry_out + out, entry, mask=inside)
-    else:
-        tl.store(entry_out + out, tl.full([ROWS, N_2], 1, tl.int32), mask=inside)
-    tl.store(counts + table * tiles + row, count, mask=exists)
     kind = tl.arange(0, COUNTS_2)
-    number = tl.sum(((count[:, None] == kind[None, :]) & exists[:, None]).to(tl.int32), 0)
+    number = tl.zeros([COUNTS_2], tl.int32)
+    for step in range(steps):
+        row = (block * steps + step) * ROWS + tl.arange(0, ROWS)  # of the table
+        exists = row < tiles
+        first = (table * tiles + row) * n
+        inside = exists[:, None] & (place < n)
+        entry = first[:, None] + place
+        page = tl.load(selected + entry, mask=inside, other=-1)
+        count = tl.sum((page >= 0).to(tl.int32), 1)
+        key = tl.where(page < 0, _NOWHERE, page)
+        before = tl.zeros([ROWS, N_2], tl.int32)
+        for j in range(n):
+            other = tl.load(selected + first + j, mask=exists, other=-1)
+            other = tl.where(other < 0, _NOWHERE, other)[:, None]
+            before += ((other < key) | ((other == key) & (j < place))).to(tl.int32)
+        out = first[:, None] + before
+        tl.store(page_out + out, tl.maximum(page, 0), mask=inside)
+        if MASKS:
+            tl.store(entry_out + out, entry, mask=inside)
+        else:
+            tl.store(entry_out + out, tl.full([ROWS, N_2], 1, tl.int32), mask=inside)
+        tl.store(counts + table * tiles + row, count, mask=exists)
+        number += tl.sum(((count[:, None] == kind[None, :]) & exists[:, None]).to(tl.int32), 0)
     at = _place_of(table, block, kind, tables, tl.num_programs(0), n)
     tl.store(numbers + at, number, mask=kind <= n)
 
@@ -76,12 +80,12 @@ def _sort_rows(
 @triton.jit(do_not_specialize=["n", "blocks", "tables", "entries"])
 def _add_up(
     numbers, begins, item_ptr, nothing, page_out, entry_out, n, blocks, tables, entries,
-    STEP: tl.constexpr, MASKS: tl.constexpr,
+    NUMBERS: tl.constexpr, MASKS: tl.constexpr,
 ):  # fmt: skip
     """One program: what comes before each number, and before each table's first one; and the zeros."""
     total = 0
-    for start in range(0, tables * (n + 1) * blocks, STEP):
-        at = start + tl.arange(0, STEP)
+    for start in range(0, tables * (n + 1) * blocks, NUMBERS):
+        at = start + tl.arange(0, NUMBERS)
         inside = at < tables * (n + 1) * blocks
         number = tl.load(numbers + at, mask=inside, other=0)
         begin = total + tl.cumsum(number, 0) - number
@@ -89,40 +93,46 @@ def _add_up(
         table = at // (n * blocks)
         begins_table = inside & (at % (n * blocks) == 0) & (table <= tables)
         tl.store(item_ptr + table, begin, mask=begins_table)
-        tl.store(nothing + table, tl.zeros([STEP], tl.int32), mask=begins_table)
+        tl.store(nothing + table, tl.zeros([NUMBERS], tl.int32), mask=begins_table)
         total += tl.sum(number, 0)
     behind = entries + tl.arange(0, 2)
     tl.store(page_out + behind, tl.zeros([2], tl.int32))
     tl.store(entry_out + behind, tl.full([2], 0 if MASKS else 1, tl.int32))
 
 
-@triton.jit(do_not_specialize=["n", "tiles", "tables"])
-def _write_items(counts, begins, items, n, tiles, tables, ROWS: tl.constexpr, MASKS: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "tiles", "tables", "steps"])
+def _write_items(
+    counts, begins, items, n, tiles, tables, steps, COUNTS_2: tl.constexpr, ROWS: tl.constexpr, MASKS: tl.constexpr
+):
     """Program (block of rows, table): an item each, in the order of rows among those of the block that visit as many
     pages."""
     block, table = tl.program_id(0), tl.program_id(1)
-    number = tl.arange(0, ROWS)
-    row = block * ROWS + number
-    exists = row < tiles
-    row += table * tiles
-    count = tl.load(counts + row, mask=exists, other=-1)
-    earlier = (count[None, :] == count[:, None]) & (number[None, :] < number[:, None])
-    begin = tl.load(begins + _place_of(table, block, count, tables, tl.num_programs(0), n), mask=exists, other=0)
-    at = (begin + tl.sum(earlier.to(tl.int32), 1)).to(tl.int64)
-    first, column = row * n, tl.arange(0, _ITEM)[None, :]
-    value = tl.where(column == 0, row[:, None], tl.where(column == 6, -1, 0))
-    if MASKS:
-        value = tl.where(column == 1, first[:, None], tl.where(column == 2, (first + count)[:, None], value))
-    else:
-        value = tl.where(column == 3, count[:, None], tl.where(column == 4, first[:, None], value))
-    tl.store(items + at[:, None] * _ITEM + column, value, mask=exists[:, None])
+    number, kind, column = tl.arange(0, ROWS), tl.arange(0, COUNTS_2), tl.arange(0, _ITEM)[None, :]
+    at_kind = _place_of(table, block, kind, tables, tl.num_programs(0), n)
+    begin = tl.load(begins + at_kind, mask=kind <= n, other=0)  # of the rows to come
+    for step in range(steps):
+        row = (block * steps + step) * ROWS + number
+        exists = row < tiles
+        row += table * tiles
+        count = tl.load(counts + row, mask=exists, other=-1)
+        is_kind = count[:, None] == kind[None, :]
+        earlier = (count[None, :] == count[:, None]) & (number[None, :] < number[:, None])
+        at = tl.sum(tl.where(is_kind, begin[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
+        first = row * n
+        value = tl.where(column == 0, row[:, None], tl.where(column == 6, -1, 0))
+        if MASKS:
+            value = tl.where(column == 1, first[:, None], tl.where(column == 2, (first + count)[:, None], value))
+        else:
+            value = tl.where(column == 3, count[:, None], tl.where(column == 4, first[:, None], value))
+        tl.store(items + at.to(tl.int64)[:, None] * _ITEM + column, value, mask=exists[:, None])
+        begin += tl.sum(is_kind.to(tl.int32), 0)
 
 
 def query_work(table: SelectedTable) -> Work:
     """As SelectedTable.query_work, of a table that has rows, with 1 to MOST entries each, of which none is cut."""
     selected = table.selected.contiguous()
     tables, tiles, n = selected.shape
-    kept, passing = _sizes(tables, tiles, n, _rows_of_block(n))
+    kept, passing = _sizes(tables, tiles, n, _blocks_of(tables, tiles, n)[2])
     # Host time: two tensors of many parts are sooner looked at than many tensors.
     made = torch.empty(sum(kept), dtype=torch.int32, device=selected.device)
     scratch = torch.empty(sum(passing), dtype=torch.int32, device=selected.device)
@@ -138,36 +148,40 @@ def query_work(table: SelectedTable) -> Work:
 def _record(masks: bool, recording: Recording) -> None:
     selected, made, scratch = recording.parts
     tables, tiles, n = selected.now.shape
-    rows = _rows_of_block(n)
-    kept, passing = _sizes(tables, tiles, n, rows)
+    rows, steps, blocks = _blocks_of(tables, tiles, n)
+    kept, passing = _sizes(tables, tiles, n, blocks)
     page, entry, items, item_ptr, nothing = _split(made, kept)
     counts, numbers, begins = _split(scratch, passing)
-    blocks = triton.cdiv(tiles, rows)
+    counts_2 = triton.next_power_of_2(n + 1)
     recording.launch(
-        _sort_rows, (blocks, tables), selected, page, entry, counts, numbers, n, tiles, tables,
-        N_2=triton.next_power_of_2(n), COUNTS_2=triton.next_power_of_2(n + 1), ROWS=rows, MASKS=masks, num_warps=4,
+        _sort_rows, (blocks, tables), selected, page, entry, counts, numbers, n, tiles, tables, steps,
+        N_2=triton.next_power_of_2(n), COUNTS_2=counts_2, ROWS=rows, MASKS=masks, num_warps=4,
     )  # fmt: skip
     recording.launch(
         _add_up, (1,), numbers, begins, item_ptr, nothing, page, entry, n, blocks, tables, tables * tiles * n,
-        STEP=_STEP, MASKS=masks, num_warps=8,
+        NUMBERS=_NUMBERS, MASKS=masks, num_warps=8,
     )  # fmt: skip
     recording.launch(
-        _write_items, (blocks, tables), counts, begins, items, n, tiles, tables, ROWS=rows, MASKS=masks, num_warps=4
-    )
+        _write_items, (blocks, tables), counts, begins, items, n, tiles, tables, steps,
+        COUNTS_2=counts_2, ROWS=rows, MASKS=masks, num_warps=4,
+    )  # fmt: skip
 
 
-def _rows_of_block(n: int) -> int:
-    rows: int = min(_ROWS, _ENTRIES // triton.next_power_of_2(n))
-    return rows
+def _blocks_of(tables: int, tiles: int, n: int) -> tuple[int, int, int]:
+    """Rows of a step of a program, its steps, and blocks of rows that a table has."""
+    rows = min(_ROWS, _ENTRIES // triton.next_power_of_2(n))
+    pieces = -(-tiles // rows)
+    steps = -(-pieces * tables // _BLOCKS)
+    return rows, steps, -(-pieces // steps)
 
 
 @lru_cache(maxsize=64)
-def _sizes(tables: int, tiles: int, n: int, rows: int) -> tuple[list[int], list[int]]:
+def _sizes(tables: int, tiles: int, n: int, blocks: int) -> tuple[list[int], list[int]]:
     """Of page, entry (1 throughout where there are no masks), items, item_ptr, nothing; and of counts, numbers, begins.
 
     All begin at multiples of 16 bytes, and have the entries more that work.py wants.
     """
-    entries, numbers = tables * tiles * n, tables * (n + 1) * triton.cdiv(tiles, rows)
+    entries, numbers = tables * tiles * n, tables * (n + 1) * blocks
     kept = entries + 2, entries + 2, tables * tiles * ITEM + 1, tables + 2, tables + 2
     return _even(kept), _even((tables * tiles, numbers, numbers))
 

@@ -88,10 +88,11 @@ def test_rows_that_are_alike(what: str, in_triton: Callable[[SelectedTable], Wor
     check(in_triton(table_with(selected.to(DEVICE), True)), table_with(selected, True))
 
 
-def test_the_numbers_of_many_blocks_are_added_up_in_steps(
-    in_triton: Callable[[SelectedTable], Work], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blocks", [1, 7, 1000])
+def test_many_rows_are_taken_step_by_step(
+    blocks: int, in_triton: Callable[[SelectedTable], Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("_STEP", 8), ("_ROWS", 4)):
+    for name, value in (("_NUMBERS", 8), ("_ROWS", 4), ("_BLOCKS", blocks)):
         monkeypatch.setattr(f"distattn.kernels.items_triton.{name}", value)
     monkeypatch.setattr("distattn.kernels.items_triton._LAUNCHES", Launches())  # others were recorded for other steps
     table = random_table(3, 50, 7, True)
