@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from distattn.kernels.selected import SelectedTable
 
 MOST = 128
-"""Entries of a row, at most: each is compared with all others."""
+"""Entries of a row, at most: a program sorts whole rows."""
+MOST_PAGES = 2**31 // 128 - 1
+"""Pages, at most: one and its place in a row are sorted as one int32."""
 _LAUNCHES = Launches()
 # Of a step of a program: rows at most, which are compared with each other, entries, and what is added up.
 _ROWS, _ENTRIES, _NUMBERS = 32, 2048, 4096
 # Blocks of rows of all tables, about: as many as a GPU has room for, and few enough that one program adds them up.
 _BLOCKS = 512
 _ITEM = tl.constexpr(ITEM)
-_NOWHERE = tl.constexpr(2**31 - 1)  # behind all pages
+_NOWHERE = tl.constexpr(2**31 - 1)  # behind all pages and places
 
 
 @triton.jit
@@ -59,18 +61,13 @@ def _sort_rows(
         entry = first[:, None] + place
         page = tl.load(selected + entry, mask=inside, other=-1)
         count = tl.sum((page >= 0).to(tl.int32), 1)
-        key = tl.where(page < 0, _NOWHERE, page)
-        before = tl.zeros([ROWS, N_2], tl.int32)
-        for j in range(n):
-            other = tl.load(selected + first + j, mask=exists, other=-1)
-            other = tl.where(other < 0, _NOWHERE, other)[:, None]
-            before += ((other < key) | ((other == key) & (j < place))).to(tl.int32)
-        out = first[:, None] + before
-        tl.store(page_out + out, tl.maximum(page, 0), mask=inside)
+        key = tl.sort(tl.where(page < 0, _NOWHERE, page * N_2 + place), dim=1)
+        there = key != _NOWHERE
+        tl.store(page_out + entry, tl.where(there, key // N_2, 0), mask=inside)
         if MASKS:
-            tl.store(entry_out + out, entry, mask=inside)
+            tl.store(entry_out + entry, first[:, None] + tl.where(there, key % N_2, 0), mask=inside)
         else:
-            tl.store(entry_out + out, tl.full([ROWS, N_2], 1, tl.int32), mask=inside)
+            tl.store(entry_out + entry, tl.full([ROWS, N_2], 1, tl.int32), mask=inside)
         tl.store(counts + table * tiles + row, count, mask=exists)
         number += tl.sum(((count[:, None] == kind[None, :]) & exists[:, None]).to(tl.int32), 0)
     at = _place_of(table, block, kind, tables, tl.num_programs(0), n)
@@ -129,7 +126,8 @@ def _write_items(
 
 
 def query_work(table: SelectedTable) -> Work:
-    """As SelectedTable.query_work, of a table that has rows, with 1 to MOST entries each, of which none is cut."""
+    """As SelectedTable.query_work, of a table that has rows, with 1 to MOST entries each, of which none is cut,
+    and of MOST_PAGES pages at most."""
     selected = table.selected.contiguous()
     tables, tiles, n = selected.shape
     kept, passing = _sizes(tables, tiles, n, _blocks_of(tables, tiles, n)[2])

@@ -102,7 +102,7 @@ class SelectedTable(Tiling):
         if self.selected.is_cuda and rows * number and number <= self._longest(number * self.tiles, programs, 1):
             from distattn.kernels import items_triton
 
-            if number <= items_triton.MOST:
+            if number <= items_triton.MOST and self.pages <= items_triton.MOST_PAGES:
                 return items_triton.query_work(self)
         chosen = self.selected.reshape(rows, number)
         nothing, first = chosen < 0, torch.arange(0, rows * number, max(number, 1), device=chosen.device)
