@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from distattn import operators
+from distattn.aside import after_aside, aside, mark
 from distattn.errors import ConfigError
 from distattn.extras import AttentionExtras, AttentionPool, MlpPool
 from distattn.heads import HeadsPlan
 from distattn.plan import Plan
 from distattn.selection import choose, scorers_of, summary_table
-from distattn.summaries import buffer_of, make_summaries, pool_own
+from distattn.summaries import buffer_of, gather_summaries, make_summaries, pool_own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -137,9 +138,9 @@ def select(
         raise ConfigError(why)
     operators.agree(plan, q.shape[0], q.dtype)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        levels = make_summaries(pool_own(k, v, plan, extras), plan, extras)
+        gathered = gather_summaries(pool_own(k, v, plan, extras), plan)
         scale = plan.head_dim**-0.5 if scale is None else scale
-        return Selection(plan, choose(scorers_of(q, plan), k, levels, plan, extras, scale))
+        return Selection(plan, choose(scorers_of(q, plan), k, gathered, plan, extras, scale))
 
 
 def _run(
@@ -183,31 +184,30 @@ def _hierarchical(
     if not torch.compiler.is_compiling():
         operators.agree(plan, q.shape[0], q.dtype)
     pooled = pool_own(k, v, plan, extras)
-    chooses = spec.select is not None and selection is None
     with operators.Begun(plan) as begun:
-        if spec.select is None:
-            begun.start(q, k, v)
-            begun.bring(pooled)
-            begun.attend(q, k, v, scale, more=spec.merge == "softmax")
-        else:  # the choice comes first: other ranks wait for it
-            begun.bring(pooled)
-        scorers = scorers_of(q, plan) if chooses else None  # meanwhile
+        begun.start(q, k, v)
+        begun.bring(pooled)
+        there = mark(q.device)
+        begun.attend(q, k, v, scale, more=spec.merge == "softmax")
+        # On a GPU, what follows is small and is done beside it, so that nobody waits for what is chosen.
         if spec.select is not None:
-            begun.start(q, k, v)
-        levels = make_summaries(pooled, plan, extras)
-        summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
+            with aside(q.device, there):
+                begun.arrive(pooled)
+            after_aside(q.device)
+        gathered = gather_summaries(pooled, plan)
         table: tuple[Tensor, ...] = ()
         chosen: Tensor | None = None
         if spec.select is not None:
-            if selection is None:
-                assert scorers is not None
-                selection = Selection(plan, choose(scorers, k, levels, plan, extras, scale))
-            del scorers  # many rows
-            chosen = selection.chunks
-            begun.ask(chosen)
-            if levels and spec.merge == "softmax":
-                with torch.no_grad():
+            with torch.no_grad(), aside(q.device, there):
+                if selection is None:
+                    selection = Selection(plan, choose(scorers_of(q, plan), k, gathered, plan, extras, scale))
+                chosen = selection.chunks
+                begun.ask(chosen)
+                if gathered and spec.merge == "softmax":
                     table = summary_table(chosen, plan)
+            after_aside(q.device, chosen, *table)
+        levels = make_summaries(gathered, plan, extras)
+        summaries: tuple[Tensor | None, ...] = buffer_of(levels, hierarchy, q.dtype) if levels else ()
         if spec.merge == "softmax":
             return *_run(q, k, v, plan, scale, summaries, table, chosen), selection
         parts = [_run(q, k, v, plan, scale)]

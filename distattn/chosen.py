@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.aside import after_aside, aside
+from distattn.aside import mark
 from distattn.exchange import Exchange, Pending
 from distattn.hierarchy import Hierarchy
 from distattn.kernels.chunk_places import masks_of_chunks, pages_of_chunks
@@ -61,10 +61,12 @@ class Asks:
 
     Attributes:
         wanted: see :func:`wanted_by_owner`; None of a rank that is alone.
+        asked: the mark after which all this is there.
     """
 
     def __init__(self, plan: Plan, exchange: Exchange, chosen: Tensor) -> None:
         assert plan.hierarchy is not None
+        self.asked = mark(chosen.device)
         self._exchange, self._rank, self._world, self._device = exchange, plan.rank, plan.world_size, chosen.device
         self.wanted: Tensor | None = None
         if self._world == 1:
@@ -80,42 +82,31 @@ class Asks:
         sizes = {peer: _NUMBERS + int(edges[peer + 1] - edges[peer]) for peer in others}
         heard = _NUMBERS + int(edges[self._rank + 1] - edges[self._rank])
         self._heard = bits.new_empty((len(others), heard))
-        self._said = torch.cat(said)  # held until the current stream has waited
+        self._said = torch.cat(said)  # held until it is waited for
         self._told: Pending = exchange.send(
             "ask for chunks", "selected", self._said, sizes, self._heard.flatten(), dict.fromkeys(others, heard)
         )
-        self._known: torch.cuda.Event | None = None
+        self.asked = mark(chosen.device)
         self._read = torch.empty(self._world + 2 * len(others), dtype=torch.int64, pin_memory=chosen.is_cuda)
-        if chosen.is_cuda:
-            with aside(chosen.device):  # waits in place of what is computed now
-                self._listen()
-                self._known = torch.cuda.Event()
-                self._known.record()
 
     def wait(self) -> Asked:
-        """Returns when the host knows the numbers. On a GPU it waits for the choice and for the other ranks, and not
-        for what was launched since."""
+        """Returns when the host knows the numbers. To be called aside, after ``asked``: then on a GPU it waits for the
+        choice and for the other ranks, and not for what was launched since."""
         if self._world == 1:
             return Asked.nothing(self._device)
-        if self._known is None:
-            self._listen()
-        else:
-            self._known.synchronize()
+        self._read[: self._world].copy_(self._mine, non_blocking=True)
+        self._told.wait()
+        # Of one other rank they are in one piece: then no kernel has to wait for room beside those that compute.
+        self._read[self._world :].copy_(self._heard[:, :_NUMBERS].flatten().view(torch.int64), non_blocking=True)
+        if known := mark(self._device):
+            known.synchronize()
             self._exchange.check()  # else they may be any numbers
-            after_aside(self._device)
         read = self._read.tolist()
         mine, said = read[: self._world], read[self._world :]
         asked_of_me = said[1::2]
         asked_of_me.insert(self._rank, 0)
         most = max(sum(mine), *said[::2])
         return Asked(torch.tensor([*mine, *asked_of_me, most]), self._heard[:, _NUMBERS:].contiguous())
-
-    def _listen(self) -> None:
-        """Copies to the host how many chunks this rank asks of each, and the numbers that each other one says."""
-        self._read[: self._world].copy_(self._mine, non_blocking=True)
-        self._told.wait()
-        # Of one other rank they are in one piece: then no kernel has to wait for room beside those that compute.
-        self._read[self._world :].copy_(self._heard[:, :_NUMBERS].flatten().view(torch.int64), non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

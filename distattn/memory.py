@@ -107,16 +107,12 @@ class _Held:
         else:
             if hierarchy.levels:
                 self._pooled(hierarchy)
-            if hierarchy.spec.select is None:
-                self._start()
-                self._pattern(more=self.far)
-                self._summarized(hierarchy)
-            else:  # the choice comes first
+            self._start()
+            self._pattern(more=self.far)
+            if hierarchy.spec.select is not None:
                 self._scorers(hierarchy)
-                self._start()
-                self._summarized(hierarchy)
                 self._choice(hierarchy)
-                self._pattern(more=self.far)
+            self._summarized(hierarchy)
             ledger.drop("levels", "pooled")
             self._beside(hierarchy)
         ledger.keep("inputs", "out", "lse", "kept", "kept queries", "summaries", "chosen", "table", "parts", "here")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distattn.arena import Stage
+from distattn.aside import after_aside, aside
 from distattn.chosen import Asked, Asks, ChosenChunks
 from distattn.exchange import Counter, Exchange, Pending
 from distattn.guest_queries import attend_guest_queries, guest_queries_backward
@@ -95,8 +96,8 @@ class Pass:
     sources: what is attended beside it, under the same softmax. chosen: int32 [batch, tables, tiles, n]: chunks that
     are attended, too. asks: for these, where ranks have begun to ask before.
 
-    A forward pass with chosen chunks asks for them first, attends its own pattern while the asks travel and the sources
-    while chunks do, and the chunks last, in one launch. What is launched last writes the result.
+    A forward pass with chosen chunks attends them last, in one launch: these are asked for and travel beside what comes
+    before. What is launched last writes the result.
     """
 
     def __init__(
@@ -208,15 +209,14 @@ class Pass:
                 run(source, last=number + 1 == len(self.sources))
             return result, {}
         assert self.asks is not None
-        # Small kernels, many where rows are cut, which the host launches while the pattern is attended and asks travel.
-        for table in (table for source in self.sources for table in source.tables):
-            prepare(q, table)
-        chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait(), self.asks.wanted)
-        rounds = Rounds(chunks, self.exchange, own)
-        for table in rounds.tables:  # as above, while the chunks set out
-            prepare(q, table)
         for source in self.sources:
             run(source, last=False)
+        with aside(q.device, self.asks.asked):  # chunks set out while all that is attended
+            chunks = ChosenChunks(self.plan, self.chosen, self.asks.wait(), self.asks.wanted)
+            rounds = Rounds(chunks, self.exchange, own)
+        after_aside(q.device, *rounds.made)
+        for table in rounds.tables:  # while they travel
+            prepare(q, table)
         for number, guests, tables in rounds:
             run(Source(own, guests, tables), last=number + 1 == len(chunks.rounds))
         kept = {"asked": chunks.asked.counts, "given": chunks.asked.given}

@@ -6,10 +6,12 @@ A chunk travels with a row of K and the row of V behind it, in one message, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from distattn.aside import after_aside, aside
 from distattn.chosen import ChosenChunks, Round
 from distattn.exchange import Exchange, Pending
 from distattn.kernels.attention import Pages
@@ -18,7 +20,7 @@ from distattn.kernels.selected import SelectedTable
 
 
 class Rounds:
-    """The rounds of one pass; the first one begins to travel at once.
+    """The rounds of one pass; the first one begins to travel at once, and beside what is computed if made aside.
 
     Iterating gives of each its number, its guests, when they are there, and the tables of ``ChosenChunks.tables``. What
     is done with one is launched before the next one is asked for: then its guests may be written over.
@@ -28,7 +30,7 @@ class Rounds:
         kept: guests of a single round that a forward pass has kept, if this is a backward pass.
 
     Attributes:
-        tables: of the first round.
+        made: what other streams read of what was made here, if this was made aside.
     """
 
     def __init__(self, chunks: ChosenChunks, exchange: Exchange, own: Pages, kept: Tensor | None = None) -> None:
@@ -37,21 +39,36 @@ class Rounds:
         self._width = own.k.shape[3] + own.v.shape[3]
         if kept is not None and len(chunks.rounds) == 1:
             self._slots, self._first = [kept], Pending()
-            self.tables = chunks.tables(0)
             return
         sizes = [sum(some.take_from.values()) * self._numel for some in chunks.rounds]
         self._slots = [own.k.new_empty(max(part, default=0)) for part in (sizes[::2], sizes[1::2])]
         self._first = self._bring(0)
-        self.tables = chunks.tables(0)
+
+    @property
+    def made(self) -> list[Tensor]:
+        return [
+            self._chunks.asked.given,
+            *self._slots,
+            *(x for some in self._chunks.rounds for x in (some.take, some.give)),
+        ]
+
+    @cached_property
+    def tables(self) -> list[SelectedTable]:
+        """Of the first round."""
+        return self._chunks.tables(0)
 
     def __iter__(self) -> Iterator[tuple[int, Pages, list[SelectedTable]]]:
-        pending, rounds = self._first, self._chunks.rounds
+        pending, rounds, device = self._first, self._chunks.rounds, self._own.k.device
         for number in range(len(rounds)):
             arrived = pending
             if number + 1 < len(rounds):
-                pending = self._bring(number + 1)  # the other slot is free, since the round before is done
+                with aside(device):
+                    pending = self._bring(number + 1)  # the other slot is free, since the round before is done
             tables = self._chunks.tables(number) if number else self.tables
-            arrived.wait()
+            # There where it has set out, or what was packed would be free before it has left.
+            with aside(device):
+                arrived.wait()
+            after_aside(device)
             yield number, self._pages(self._slot(number)), tables
 
     @property

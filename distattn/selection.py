@@ -12,7 +12,7 @@ from distattn.kernels.chunks import Choosers, choose_chunks, summary_pages
 from distattn.kernels.rows import chunk_means
 from distattn.plan import Plan
 from distattn.spans import Ints
-from distattn.summaries import Pooled, mean_keys
+from distattn.summaries import finest_level, mean_keys
 
 
 class Scorers(NamedTuple):
@@ -28,22 +28,26 @@ class Scorers(NamedTuple):
 
 @torch.no_grad()
 def choose(
-    scorers: Scorers, k: Tensor, levels: list[Pooled], plan: Plan, extras: AttentionExtras, scale: float
+    scorers: Scorers, k: Tensor, gathered: list[Tensor], plan: Plan, extras: AttentionExtras, scale: float
 ) -> Tensor:
     """int32 [batch, tables, tiles, most]: the chunks that this rank's query tiles choose, ascending, then -1.
 
     tables: key/value heads, or query heads (``TopChunks.heads``); tiles: tokens, or chunks of them (``per``).
-    scorers: made by :func:`scorers_of`, which needs no summaries.
+    scorers: made by :func:`scorers_of`. gathered: by ``gather_summaries``.
     """
     hierarchy = plan.hierarchy
     assert hierarchy is not None
     by = hierarchy.choosing
-    keys = levels[0].keys if by.mass or hierarchy.level_is_chunks else mean_keys(k, plan, extras)
-    rows, numbers = scorers
     bias = None
-    if by.mass:
-        exists = levels[0].bias.new_zeros(1).where(hierarchy.levels[0].on(k.device, "exists"), -torch.inf)
-        bias = levels[0].bias + exists[:, None]
+    if by.mass or hierarchy.level_is_chunks:
+        finest = finest_level(gathered, plan, extras)
+        keys = finest.keys
+        if by.mass:
+            exists = finest.bias.new_zeros(1).where(hierarchy.levels[0].on(k.device, "exists"), -torch.inf)
+            bias = finest.bias + exists[:, None]
+    else:
+        keys = mean_keys(k, plan, extras)
+    rows, numbers = scorers
     choosers = Choosers(rows, numbers, *(hierarchy.on(k.device, name) for name in ("tile_chunk", "tile_until")))
     return choose_chunks(by, choosers, keys, bias, hierarchy.on(k.device, "selectable"), scale)
 

@@ -43,22 +43,37 @@ def pool_own(k: Tensor, v: Tensor, plan: Plan, extras: AttentionExtras) -> list[
     return list(_pool_tokens(k if extras.pool_keys is None else extras.pool_keys, v, plan, levels[0], pool))
 
 
-def make_summaries(pooled: list[Tensor], plan: Plan, extras: AttentionExtras) -> list[Pooled]:
-    """All levels, on every rank, from what :func:`pool_own` made on each. Differentiable."""
-    hierarchy = _hierarchy(plan)
+def gather_summaries(pooled: list[Tensor], plan: Plan) -> list[Tensor]:
+    """Those of :func:`pool_own` of all ranks, on every rank. Differentiable."""
+    gathered: list[Tensor] = torch.ops.distattn.gather_rows(pooled, plan.name, "summaries") if pooled else []
+    return gathered
+
+
+def finest_level(gathered: list[Tensor], plan: Plan, extras: AttentionExtras) -> Pooled:
+    """Level 1, from what :func:`gather_summaries` gives. Differentiable."""
+    keys, values = gathered
+    return _finished(keys, values, 0, plan, extras)
+
+
+def make_summaries(gathered: list[Tensor], plan: Plan, extras: AttentionExtras) -> list[Pooled]:
+    """All levels, from what :func:`gather_summaries` gives. Differentiable."""
+    levels = _hierarchy(plan).levels
     found: list[Pooled] = []
-    members: tuple[Tensor, Tensor] | None = None
-    for number, level in enumerate(hierarchy.levels):
-        pool = extras.pool[number] if number < len(extras.pool) else None
-        if members is None:
-            keys, values = torch.ops.distattn.gather_rows(pooled, plan.name, "summaries")
+    for number, level in enumerate(levels):
+        if number == 0:
+            keys, values = gathered
         else:
-            sizes = hierarchy.levels[number - 1].on(members[0].device, "size").to(members[0].dtype)
-            parts = [_by_chunk(x, level.members, level.count) for x in (*members, sizes.view(1, -1, 1, 1))]
+            pool = extras.pool[number] if number < len(extras.pool) else None
+            sizes = levels[number - 1].on(keys.device, "size").to(keys.dtype)
+            parts = [_by_chunk(x, level.members, level.count) for x in (keys, values, sizes.view(1, -1, 1, 1))]
             keys, values = pool_members(parts[0], parts[1], parts[2][..., 0, 0], pool)
-        members = keys, values
-        found.append(Pooled(_turned(keys, level, extras), values, _bias(keys, number, level, plan, extras)))
+        found.append(_finished(keys, values, number, plan, extras))
     return found
+
+
+def _finished(keys: Tensor, values: Tensor, number: int, plan: Plan, extras: AttentionExtras) -> Pooled:
+    level = _hierarchy(plan).levels[number]
+    return Pooled(_turned(keys, level, extras), values, _bias(keys, number, level, plan, extras))
 
 
 def buffer_of(levels: list[Pooled], hierarchy: Hierarchy, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

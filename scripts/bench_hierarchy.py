@@ -31,6 +31,7 @@ from distattn.spec import AttentionSpec
 ATTEND: Any = sys.modules["distattn.attend"]
 PARTS = {
     (ATTEND, "pool_own"): "summaries",
+    (ATTEND, "gather_summaries"): "summaries",
     (ATTEND, "make_summaries"): "summaries",
     (ATTEND, "scorers_of"): "choice",
     (ATTEND, "choose"): "choice",

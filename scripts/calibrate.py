@@ -47,7 +47,7 @@ from distattn.patterns import BlockSparse, Causal, GlobalKeys, Pattern, SlidingW
 from distattn.plan import Plan, make_plan
 from distattn.selection import choose, scorers_of, summary_table
 from distattn.spec import AttentionSpec
-from distattn.summaries import make_summaries, pool_own
+from distattn.summaries import gather_summaries, pool_own
 
 SMALLEST, LARGEST = 1 << 16, 1 << 28  # bytes a rank
 SUMMARY_PAGE = 32  # rows of a page of summaries where chunks are chosen
@@ -308,10 +308,10 @@ def measure_choices(s: Setting, say: Callable[[str], None]) -> tuple[ChoiceSpeed
             hierarchy = plan.hierarchy
             assert hierarchy is not None
             q, k, v = (s.random(length, heads) for heads in (s.heads, s.kv_heads, s.kv_heads))
-            levels = make_summaries(pool_own(k, v, plan, extras), plan, extras)
+            gathered = gather_summaries(pool_own(k, v, plan, extras), plan)
 
-            def run(q=q, k=k, levels=levels, plan=plan, extras=extras) -> None:  # type: ignore[no-untyped-def]
-                summary_table(choose(scorers_of(q, plan), k, levels, plan, extras, s.dim**-0.5), plan)
+            def run(q=q, k=k, gathered=gathered, plan=plan, extras=extras) -> None:  # type: ignore[no-untyped-def]
+                summary_table(choose(scorers_of(q, plan), k, gathered, plan, extras, s.dim**-0.5), plan)
 
             with torch.no_grad():
                 times.append(median(run, s, max(s.rounds // 2, 2))[0])

@@ -175,8 +175,9 @@ def log_of(context: Context, name: str, share: float) -> list[str]:
     return log
 
 
-def test_asks_and_chunks_travel_while_tiles_are_attended(ranks: RankPool) -> None:
-    before = ["sent asks", "tiles", "tiles", "here asks", "sent round 0", "tiles"]  # of the window, and of summaries
+def test_asks_and_rounds_travel_while_tiles_are_attended(ranks: RankPool) -> None:
+    """As the host sees it: on a GPU, where launches do not wait, all of it travels beside the tiles."""
+    before = ["tiles", "tiles", "sent asks", "tiles", "here asks", "sent round 0"]  # of the window, and of summaries
     for log in ranks(3, log_of, "tokens", 1.0):
         assert log == [*before, "here round 0", "tiles"]
     for log in ranks(3, log_of, "tokens", 0.0):
