@@ -186,15 +186,18 @@ def _hierarchical(
     pooled = pool_own(k, v, plan, extras)
     with operators.Begun(plan) as begun:
         begun.start(q, k, v)
-        begun.bring(pooled)
+        if spec.select is None:
+            begun.bring(pooled)
         there = mark(q.device)
         begun.attend(q, k, v, scale, more=spec.merge == "softmax")
-        # On a GPU, what follows is small and is done beside it, so that nobody waits for what is chosen.
-        if spec.select is not None:
-            with aside(q.device, there):
-                begun.arrive(pooled)
-            after_aside(q.device)
+        # On a GPU, what follows is small and is done beside it, so that nobody waits for what is chosen, and all that
+        # the host launches before, the GPU waits for.
+        with aside(q.device, there):
+            if spec.select is not None:
+                begun.bring(pooled)
+            begun.arrive(pooled)
         gathered = gather_summaries(pooled, plan)
+        after_aside(q.device, *gathered)
         table: tuple[Tensor, ...] = ()
         chosen: Tensor | None = None
         if spec.select is not None:

@@ -360,20 +360,26 @@ def attend_tiles(
     if isinstance(first.table, SelectedTable) or first.table.has_empty_rows:  # rows that visit nothing are left alone
         out.zero_()
         lse.fill_(-torch.inf)
-    _attend_pages(q, first, out, lse, scale, goes_on=False)
-    before = None if blind is None else (out[blind], lse[blind])
-    for source in more:
-        _attend_pages(q, source, out, lse, scale, goes_on=True)
-    if before is not None:
-        out[blind], lse[blind] = before
-    return out.to(dtype), lse
+    _attend_pages(q, first, out, lse, scale)
+    seen = None if blind is None else (out[blind], lse[blind])
+    for number, source in enumerate(more):
+        before, last = out, number + 1 == len(more)
+        out = before if not last or dtype == wide else q.new_empty(before.shape, dtype=dtype)
+        _attend_pages(q, source, out, lse, scale, before)
+    if seen is not None:
+        out[blind], lse[blind] = seen[0].to(dtype), seen[1]
+    return out, lse
 
 
-def _attend_pages(q: Tensor, source: Source, out: Tensor, lse: Tensor, scale: float, *, goes_on: bool) -> None:
-    """Writes out and lse of query tiles; where it goes on, under one softmax with what these are."""
+def _attend_pages(
+    q: Tensor, source: Source, out: Tensor, lse: Tensor, scale: float, before: Tensor | None = None
+) -> None:
+    """Writes out and lse of query tiles; with ``before``, under one softmax with that and what lse is."""
     k, v, table, bias = source
     own, nothing = Pages(k.unsqueeze(0), v.unsqueeze(0)), Pages(k[:0].unsqueeze(0), v[:0].unsqueeze(0))
     biases = None if bias is None else Biases(bias.unsqueeze(0), bias[:0].unsqueeze(0))
-    outs, lses = out.unsqueeze(0), lse.unsqueeze(0)
-    before = outs if goes_on else None
-    attention_forward(q.unsqueeze(0), own, nothing, table, outs, lses, scale=scale, before=before, bias=biases)
+    outs = out.unsqueeze(0)
+    so_far = outs if before is out else None if before is None else before.unsqueeze(0)
+    attention_forward(
+        q.unsqueeze(0), own, nothing, table, outs, lse.unsqueeze(0), scale=scale, before=so_far, bias=biases
+    )

@@ -86,14 +86,14 @@ class Begun:
             _begun.pop(name, None)
 
     def bring(self, pooled: list[Tensor]) -> None:
-        """Sends summaries on their way: ``gather_rows`` of them waits for what comes."""
+        """Sends summaries on their way."""
         if pooled:
             self._begin("summaries", pooled, lambda: _bring(pooled, self._plan.name, "summaries"))
 
     def arrive(self, pooled: list[Tensor]) -> None:
-        """Lets the current stream wait for summaries, once they were sent on their way: then no other one does."""
-        if begun := _begun.get(_names(self._plan, "summaries", pooled)):
-            begun[1].wait()
+        """Lets the current stream wait for summaries that were brought; then ``gather_rows`` of these has them."""
+        if pooled and not torch.compiler.is_compiling():
+            _begun[_names(self._plan, "summaries", pooled)][1].wait()
 
     def start(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Starts what the plan's pattern needs of other ranks: ``attend`` of these goes on from there."""
