@@ -65,7 +65,7 @@ class Prediction:
     def bound(self, rank: int) -> str:
         """What it is bound by: "host", "exchange" (where this is waited for longer than anything is computed or
         moved), "copies" or "compute"."""
-        if self.host[rank] >= self.total[rank]:
+        if self.host[rank] >= self.compute[rank] + self.copies[rank] + self.exposed[rank]:
             return "host"
         names = ("compute", "exposed", "copies")
         longest = max(names, key=lambda name: float(getattr(self, name)[rank]))
@@ -79,41 +79,57 @@ class Prediction:
 class Timeline:
     """A pass of all ranks, as it goes on.
 
-    group: so many ranks in a row take part in each collective; default: all.
+    host: seconds before the host launches anything. group: so many ranks in a row take part in each collective;
+    default: all.
 
     now: float64 [ranks], when the stream of kernels is done with what was given to it. line: the same of exchanges.
     """
 
-    def __init__(self, machine: Machine, world_size: int, group: int | None = None) -> None:
+    def __init__(self, machine: Machine, world_size: int, host: float = 0.0, group: int | None = None) -> None:
         self.machine, self.world_size, self.group = machine, world_size, group or world_size
         self.now, self.line = np.zeros((2, world_size))
         self._compute, self._copies, self._exchange, self._exposed, self._host = np.zeros((5, world_size))
+        self._launch(host)
+
+    def _launch(self, host: Floats | float) -> None:
+        """The host is kept for so long; nothing is begun before it is launched."""
+        self._host = self._host + host
+        self.now = np.maximum(self.now, self._host)
 
     def compute(self, seconds: Floats, host: float, backward: bool = False) -> None:
         """Kernels, of a backward pass or a forward one. host: seconds that the host needs to launch them."""
+        self._launch(np.where(seconds > 0, host, 0.0))
         drag = self.machine.drag["backward" if backward else "forward"]
         beside = np.clip(self.line - self.now, 0.0, seconds)
         self.now = self.now + seconds + drag * beside
         self._compute += seconds
         self._exposed += drag * beside
-        self._host += np.where(seconds > 0, host, 0.0)
 
     def copy(self, nbytes: Floats | float, pack: bool = False, launches: int = 1) -> None:
         """Moves bytes, read and written ones counted, on the device."""
         moved = np.broadcast_to(np.asarray(nbytes, np.float64), (self.world_size,))
         seconds = moved / (self.machine.pack if pack else self.machine.copy)
+        self._launch(np.where(moved > 0, launches * self.machine.host["launch"], 0.0))
         self.now = self.now + seconds
         self._copies += seconds
-        self._host += np.where(moved > 0, launches * self.machine.host["launch"], 0.0)
 
-    def start(self, kind: str, nbytes: Floats, distance: int | None = None, abroad: float = 1.0) -> Floats:
+    def start(
+        self,
+        kind: str,
+        nbytes: Floats,
+        distance: int | None = None,
+        abroad: float = 1.0,
+        ready: Floats | None = None,
+    ) -> Floats:
         """Starts exchanges when all who take part are there; when they are done on each rank.
 
         nbytes: that a rank sends, or receives if that is more.
         distance: between the ranks of a pair.
         abroad: share of the bytes that goes between nodes, where there are several.
+        ready: when it can be started, where it is beside what was computed since; default: now.
         """
-        begin = np.maximum(self.now, self.line)
+        self._launch(self.machine.host["exchange"])
+        begin = np.maximum(self.now if ready is None else ready, self.line)
         if kind == "neighbours":
             step = distance or 1
             peers = np.maximum(np.roll(begin, step), np.roll(begin, -step))
@@ -125,7 +141,6 @@ class Timeline:
             seconds = self._latest(seconds)
         self.line = begin + seconds
         self._exchange += seconds
-        self._host += self.machine.host["exchange"]
         return self.line
 
     def _latest(self, seconds: Floats) -> Floats:

@@ -86,7 +86,7 @@ class _Heads:
         # Of a node, those that have the same heads.
         near = machine.with_nodes(max(machine.gpus_per_node // self.ranks, 1))
         inner = self.by_rank(lambda plan: astuple(predict(plan, near, self.size, backward=backward)))
-        time = Timeline(machine, self.plan.world_size, self.ranks)
+        time = Timeline(machine, self.plan.world_size, group=self.ranks)
         self._bring(time, [self.out] if backward else [self.q, self.k, self.v])
         time.within(Prediction(*inner))
         self._take_home(time, [self.q] if backward else [self.out], [self.k, self.v] if backward else [])

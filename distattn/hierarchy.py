@@ -463,6 +463,19 @@ class Hierarchy(OnDevices):
             chosen = np.minimum(candidates, max(select.k, len(select.always))) * self.chunk
         return first, size, summaries, chosen
 
+    def opened(self) -> NDArray[np.float64]:
+        """Of the queries of each run of :meth:`visited`, how many chosen chunks lie in a summary, whose members are
+        visited in its place, level by level; as if every candidate were chosen as often.
+        """
+        first, _, _, chosen = self.visited()
+        found = np.zeros(len(first))
+        if self.spec.merge == "gate" or self.spec.select is None:
+            return found
+        for begin, end in self._outer_edges(first)[:-1]:
+            beyond, candidates = (begin, first) if self.causal else (begin + self.length - end, self.length)
+            found += chosen / self.chunk * beyond / np.maximum(candidates, 1)
+        return found
+
     def _edges(self, position: Ints, chunk: int, reach: int) -> tuple[Ints, Ints]:
         at = position // chunk
         return np.maximum((at - reach + 1) * chunk, 0), np.minimum((at + reach) * chunk, self.length)

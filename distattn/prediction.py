@@ -24,17 +24,17 @@ ASSUMPTIONS = (
 
 def predict_task(task: Task, machine: Machine, *, backward: bool = False) -> Prediction:
     """Seconds of a forward pass, or of a backward pass alone, of one layer and a batch of one."""
-    run = _Run(task, machine)
+    run = _Run(task, machine, backward)
     return run.backward() if backward else run.forward()
 
 
 class _Run:
     """One pass of a task."""
 
-    def __init__(self, task: Task, machine: Machine) -> None:
+    def __init__(self, task: Task, machine: Machine, backward: bool) -> None:
         self.task, self.machine = task, machine
         self.world, self.dim, self.size, self.wide = task.world, task.dim, task.itemsize, task.wide
-        self.time = Timeline(machine, self.world)
+        self.time = Timeline(machine, self.world, machine.host["backward" if backward else "forward"])
         # Of a rank's bytes to all others, those that leave the node.
         self.abroad = max(1.0 - (machine.gpus_per_node - 1) / max(self.world - 1, 1), 0.0)
 
@@ -92,16 +92,12 @@ class _Run:
 
     def forward(self) -> Prediction:
         hierarchy = self.task.hierarchy
-        summaries = (np.zeros(self.world), np.zeros(self.world))
-        if hierarchy is not None and hierarchy.levels:
-            self.time.copy(self.task.keys * self.size + 2 * self.task.summaries * self.wide, launches=2)
-            summaries = self._gather(self.task.summaries)
         if hierarchy is None:
             self._pattern(False, self._start())
         else:
-            self._far(hierarchy, summaries)
-        calls = 1 if hierarchy is None else 3
-        return self.time.end(calls * self.machine.host["forward"])
+            self._far(hierarchy)
+        # Those of further parts, which the device does not wait for.
+        return self.time.end(2 * self.machine.host["forward"] * (hierarchy is not None))
 
     def _start(self) -> tuple[list[tuple[Floats, Floats]], Floats]:
         """``Pass.start``: the first stage as of :meth:`start`, and when guest queries are there."""
@@ -163,35 +159,45 @@ class _Run:
 
     # What lies beside the pattern.
 
-    def _gather(self, mine: Floats) -> tuple[Floats, Floats]:
-        """Starts to bring numbers of all ranks to each; when they are there, and the bytes."""
+    def _gather(self, mine: Floats, ready: Floats | None = None) -> tuple[Floats, Floats]:
+        """Starts to bring numbers of all ranks to each; when they are there, and the bytes. ready: see ``start``."""
         if self.world == 1:
             return np.zeros(1), mine * self.wide
         self.time.copy(4 * mine * self.wide, pack=True, launches=3)
         nbytes = np.full(self.world, mine.max() * (self.world - 1) * self.wide)
-        return self.time.start("all_gather", nbytes, abroad=self.abroad), np.full(self.world, mine.sum() * self.wide)
+        done = self.time.start("all_gather", nbytes, abroad=self.abroad, ready=ready)
+        return done, np.full(self.world, mine.sum() * self.wide)
 
-    def _far(self, hierarchy: Hierarchy, summaries: tuple[Floats, Floats]) -> None:
-        """The pattern, levels and chosen chunks; these are chosen and asked for first."""
+    def _far(self, hierarchy: Hierarchy) -> None:
+        """The pattern, levels and chosen chunks.
+
+        What chooses takes its time after the pattern, but what it sends is ready as if it were done beside it.
+        """
         select, more = hierarchy.spec.select, not self.task.gate
-        if select is not None and hierarchy.chooses_by_tile_before and self.world > 1:
-            edges = float(len(self.task.layout.start) * self.task.heads * self.task.head_dim)
-            self.arrive(self._gather(np.full(self.world, edges / self.world)))
-        started = self._start()
-        if select is None:
-            self._pattern(more, started)
         if hierarchy.levels:
-            self.arrive(summaries)
-            # Made, cast, padded and put together.
-            rows = hierarchy.rows * self.task.kv_heads * float(self.dim)
-            self.time.copy(rows * (3 * self.wide + 3 * self.size), launches=12 * len(hierarchy.levels))
+            self.time.copy(self.task.keys * self.size + 2 * self.task.summaries * self.wide, launches=2)
+        started = self._start()
+        ready = self.time.now
+        summaries = self._gather(self.task.summaries) if hierarchy.levels and select is None else None
+        self._pattern(more, started)
         told = np.zeros(self.world)
+        if hierarchy.levels:
+            summaries = summaries or self._gather(self.task.summaries, ready)
+            ready = np.maximum(ready, summaries[0])
+            self.arrive(summaries)
         if select is not None:
-            self._choose(hierarchy)
+            if hierarchy.chooses_by_tile_before and self.world > 1:
+                edges = float(len(self.task.layout.start) * self.task.heads * self.task.head_dim)
+                arrived = self._gather(np.full(self.world, edges / self.world), ready)
+                ready = np.maximum(ready, arrived[0])
+                self.arrive(arrived)
+            ready = ready + self._choose(hierarchy)
             if self.world > 1:  # what is wanted of whom
                 wanted = np.full(self.world, float(self.task.kv_heads * hierarchy.chunks))
-                told = self.time.start("all_to_all", wanted, abroad=self.abroad)
-            self._pattern(more, started)
+                told = self.time.start("all_to_all", wanted, abroad=self.abroad, ready=ready)
+        if hierarchy.levels:  # made, cast, padded and put together
+            rows = hierarchy.rows * self.task.kv_heads * float(self.dim)
+            self.time.copy(rows * (3 * self.wide + 3 * self.size), launches=12 * len(hierarchy.levels))
         parts = [bool(hierarchy.levels), select is not None]
         if self.task.gate:  # each by itself: zeros, which are gone on from
             self.time.copy(sum(parts) * self.task.outputs * (self.wide + self.size), launches=2)
@@ -205,7 +211,8 @@ class _Run:
         else:
             self._attend_queries(np.zeros(self.world))
 
-    def _choose(self, hierarchy: Hierarchy) -> None:
+    def _choose(self, hierarchy: Hierarchy) -> Floats:
+        """How long it takes to choose."""
         select = hierarchy.spec.select
         assert select is not None
         speed = self.machine.choice(select.per, select.score)
@@ -221,19 +228,19 @@ class _Run:
             self.arrive(self._gather(share * self.task.kv_heads * self.task.head_dim))
         seconds = tables * share * (speed.row + speed.column * scores / (2 if hierarchy.causal else 1))
         self.time.compute(seconds, 10 * self.machine.host["launch"])
+        return np.asarray(seconds, np.float64)
 
     def _attend_summaries(self, hierarchy: Hierarchy, way: str) -> None:
         if not hierarchy.levels:
             return
-        summaries, chosen = self.task.visited
+        summaries, _, opened = self.task.visited
         kind = "pattern" if all(level.bias == "none" for level in hierarchy.spec.summaries) else "biased"
         blocks, heads = self.task.blocks, self.task.heads
         if hierarchy.spec.select is not None and not self.task.gate:
             kind, blocks = "summaries", (hierarchy.tile, hierarchy.page)
         rows = self.task.tokens * heads / blocks[0]
-        # Each level's summaries begin and end within a page; a chosen chunk takes the place of part of a coarse
-        # summary, whose other members are visited then.
-        pages = summaries / blocks[1] + len(hierarchy.levels) + chosen / hierarchy.window[0] / 2 * (kind == "summaries")
+        # Each level's summaries begin and end within a page, and the members of a summary that is opened are in one.
+        pages = summaries / blocks[1] + len(hierarchy.levels) / 2 + opened
         self.run(kind, way, Tiles(rows * pages, rows, np.zeros(self.world)), blocks)
 
     def _travel(self, hierarchy: Hierarchy, backward: bool) -> None:
@@ -241,7 +248,7 @@ class _Run:
         way = "backward" if backward else "resume"
         select = hierarchy.spec.select
         assert select is not None
-        _, tokens = self.task.visited
+        _, tokens, _ = self.task.visited
         blocks = hierarchy.tile, hierarchy.chunk
         rows = self.task.tokens * self.task.heads / blocks[0]
         visits = rows * tokens / blocks[1]
@@ -317,7 +324,7 @@ class _Run:
             self.time.copy(rows * (self.wide + self.size))
         if not alone:
             self.time.copy(self.task.keys * (self.wide + self.size), launches=2)
-        return self.time.end((1 if hierarchy is None else 3) * self.machine.host["backward"])
+        return self.time.end(2 * self.machine.host["backward"] * (hierarchy is not None))
 
     def _stages_backward(self, queries: int, several: bool) -> None:
         sliced = self.task.slices > 1

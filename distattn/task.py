@@ -131,13 +131,14 @@ class Task:
         return np.asarray(np.bincount(owner, minlength=self.world) * (self.kv_heads * self.dim), np.float64)
 
     @cached_property
-    def visited(self) -> tuple[Floats, Floats]:
-        """Summaries, and tokens of chosen chunks, that a query visits: the mean over each rank's."""
+    def visited(self) -> tuple[Floats, Floats, Floats]:
+        """Summaries, tokens of chosen chunks, and summaries that these open (``Hierarchy.opened``), as a query visits:
+        the mean over each rank's."""
         assert self.hierarchy is not None
-        first, size, summaries, chosen = self.hierarchy.visited()
-        owner = self.layout.owner_of(first)
-        found = (np.bincount(owner, x * size, self.world) / np.maximum(self.tokens, 1) for x in (summaries, chosen))
-        return next(found), next(found)
+        first, size, *visited = self.hierarchy.visited()
+        owner, tokens = self.layout.owner_of(first), np.maximum(self.tokens, 1)
+        means = (np.bincount(owner, x * size, self.world) / tokens for x in (*visited, self.hierarchy.opened()))
+        return next(means), next(means), next(means)
 
     @cached_property
     def positions(self) -> Floats:

@@ -86,12 +86,11 @@ def test_a_slow_network_is_what_binds_and_a_backward_pass_takes_longer() -> None
         assert (found.exposed <= found.total).all()
 
 
-def test_asks_and_chunks_travel_behind_tiles() -> None:
-    """What is waited for are summaries and the tiles that choose for others: neither the window's pages, nor the asks,
-    nor the chunks."""
+def test_summaries_asks_and_chunks_travel_behind_tiles() -> None:
+    """Nothing is waited for: neither gathered keys, while the host launches, nor summaries, asks and chunks."""
     plan = make_plan(HIERARCHICAL, 1 << 20, heads=32, kv_heads=8, head_dim=128, world_size=2, rank=0)
     lost = predict(plan, with_exchanges(1.0, latency=1e-3)).seconds - predict(plan, H100).seconds
-    assert lost == pytest.approx(2e-3, rel=0.3)
+    assert 0 <= lost < 1e-4
 
 
 def test_a_ring_pays_for_every_stage_what_a_direct_plan_pays_once() -> None:
@@ -118,7 +117,7 @@ def test_ranks_that_exchange_heads_pay_for_each_tensor_once_and_attend_as_their_
                 predict(x, late, backward=backward).seconds - before.seconds
                 for x, before in ((plan, found), (plan.inner, inner))
             )
-            assert lost - lost_within == pytest.approx(0.4, rel=1e-3)  # q, k, v and out, or their gradients
+            assert lost - lost_within == pytest.approx(0.4, rel=3e-3)  # q, k, v and out, or their gradients
             assert found.compute.max() == inner.compute.max() and found.seconds > inner.seconds
 
 
@@ -149,7 +148,7 @@ def test_kernels_lose_what_exchanges_beside_them_take() -> None:
     times = []
     for drag in (0.0, 1.0):
         machine = replace(with_exchanges(0.0, 2.0), drag=dict.fromkeys(H100.drag, drag), gpus_per_node=2)
-        time = Timeline(machine, 2)
+        time = Timeline(replace(machine, host=dict.fromkeys(H100.host, 0.0)), 2)
         done = time.start("neighbours", np.ones(2), 1)
         time.compute(np.full(2, 3.0), host=0.0)
         time.wait(done)
