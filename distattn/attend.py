@@ -190,8 +190,8 @@ def _hierarchical(
             begun.bring(pooled)
         there = mark(q.device)
         begun.attend(q, k, v, scale, more=spec.merge == "softmax")
-        # On a GPU, what follows is small and is done beside it, so that nobody waits for what is chosen, and all that
-        # the host launches before, the GPU waits for.
+        # On a GPU, what follows is small and is done beside it, so that nobody waits for what is chosen. Where that is
+        # much, bringing summaries is launched after it, too: for what the host launches before it, the GPU waits.
         with aside(q.device, there):
             if spec.select is not None:
                 begun.bring(pooled)

@@ -63,8 +63,8 @@ class Prediction:
         return float(self.total.max())
 
     def bound(self, rank: int) -> str:
-        """What it is bound by: "host", "exchange" (where this is waited for longer than anything is computed or
-        moved), "copies" or "compute"."""
+        """What it is bound by: "host" (where this is kept longer than the device), "exchange" (where this is waited for
+        longer than anything is computed or moved), "copies" or "compute"."""
         if self.host[rank] >= self.compute[rank] + self.copies[rank] + self.exposed[rank]:
             return "host"
         names = ("compute", "exposed", "copies")

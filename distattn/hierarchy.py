@@ -463,11 +463,10 @@ class Hierarchy(OnDevices):
             chosen = np.minimum(candidates, max(select.k, len(select.always))) * self.chunk
         return first, size, summaries, chosen
 
-    def opened(self) -> NDArray[np.float64]:
-        """Of the queries of each run of :meth:`visited`, how many chosen chunks lie in a summary, whose members are
-        visited in its place, level by level; as if every candidate were chosen as often.
+    def opened(self, first: Ints, chosen: Ints) -> NDArray[np.float64]:
+        """How many chosen chunks lie in a summary, whose members are visited in its place, level by level; as if every
+        candidate were chosen as often. first, chosen: as in :meth:`visited`.
         """
-        first, _, _, chosen = self.visited()
         found = np.zeros(len(first))
         if self.spec.merge == "gate" or self.spec.select is None:
             return found

@@ -135,9 +135,10 @@ class Task:
         """Summaries, tokens of chosen chunks, and summaries that these open (``Hierarchy.opened``), as a query visits:
         the mean over each rank's."""
         assert self.hierarchy is not None
-        first, size, *visited = self.hierarchy.visited()
+        first, size, summaries, chosen = self.hierarchy.visited()
         owner, tokens = self.layout.owner_of(first), np.maximum(self.tokens, 1)
-        means = (np.bincount(owner, x * size, self.world) / tokens for x in (*visited, self.hierarchy.opened()))
+        visited = summaries, chosen, self.hierarchy.opened(first, chosen)
+        means = (np.bincount(owner, x * size, self.world) / tokens for x in visited)
         return next(means), next(means), next(means)
 
     @cached_property

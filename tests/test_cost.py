@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from distattn import presets
 from distattn.cost import Timeline
 from distattn.forecast import predict
 from distattn.heads import HeadsPlan
 from distattn.jobs.plan import check, run
+from distattn.kernels.chunks import summary_pages
 from distattn.loads import stage_loads
 from distattn.machine import Curve, Machine
 from distattn.patterns import Causal, GlobalKeys, SlidingWindow
@@ -91,6 +93,26 @@ def test_summaries_asks_and_chunks_travel_behind_tiles() -> None:
     plan = make_plan(HIERARCHICAL, 1 << 20, heads=32, kv_heads=8, head_dim=128, world_size=2, rank=0)
     lost = predict(plan, with_exchanges(1.0, latency=1e-3)).seconds - predict(plan, H100).seconds
     assert 0 <= lost < 1e-4
+
+
+def test_pages_that_chosen_chunks_open_are_foretold() -> None:
+    """Against what is visited once chunks were drawn."""
+    plan = make_plan(HIERARCHICAL, 1 << 18, heads=4, kv_heads=1, head_dim=64, world_size=1, rank=0)
+    hierarchy, generator = plan.hierarchy, torch.Generator().manual_seed(0)
+    assert hierarchy is not None
+    first, _, _, chosen = hierarchy.visited()
+    found = hierarchy.opened(first, chosen)
+    runs = np.arange(len(first) // 16, len(first), len(first) // 16)
+    exists, k = hierarchy.on(torch.device("cpu"), "row_bits"), int(chosen.max()) // hierarchy.chunk
+    pages = []
+    for some in (True, False):
+        every = torch.full((1, 1, len(runs), k), -1, dtype=torch.int32)
+        for row, at in enumerate(first[runs].tolist()):
+            before = at // hierarchy.chunk
+            every[0, 0, row] = torch.randperm(before, generator=generator)[:k].sort()[0].int() if some else -1
+        position = torch.from_numpy(first[runs]).int()
+        pages.append((summary_pages(every, position, exists, hierarchy.ladder)[0] >= 0).sum(-1).double().mean().item())
+    assert found[0] == 0 and pages[0] - pages[1] == pytest.approx(found[runs].mean(), rel=0.2)
 
 
 def test_a_ring_pays_for_every_stage_what_a_direct_plan_pays_once() -> None:
